@@ -1,0 +1,1 @@
+"""Exact, dilated and block-sparse ring attention as a torch.compile backend."""
