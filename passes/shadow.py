@@ -1,0 +1,135 @@
+"""A Dynamo graph to one flat ATen graph, traced before dispatch.
+
+The passes read *and* rewrite this graph. Composite ops stay whole (``aten.linear``,
+``aten.softmax``, ``aten.scaled_dot_product_attention``), every spelling of Python is
+gone, and bodies of checkpoint, wrap and nested-region calls are inlined. Invariant: run
+on the same inputs it computes what the Dynamo graph does; nodes of a checkpointed body
+carry the tags by which AOTAutograd's partitioner recomputes them.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from ringcompile.errors import RingCompileError
+from ringcompile.torch_private import fake_inputs
+
+# Higher-order op -> how many leading arguments are not operands of its body.
+_INLINED = {
+    "tag_activation_checkpoint": 1,
+    "wrap": 1,
+    "invoke_subgraph": 2,
+}
+# Options of ``checkpoint`` itself, which AOTAutograd does not need: it always replays
+# random numbers and never re-enters autograd.
+_CHECKPOINT_OPTIONS = frozenset(
+    {"use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop"}
+)
+
+
+def trace_shadow(gm: GraphModule, example_inputs: Sequence[object]) -> GraphModule:
+    """Trace ``gm`` into the graph that all passes work on.
+
+    Args:
+        gm: a Dynamo graph.
+        example_inputs: its inputs, real or fake, in placeholder order.
+
+    Returns:
+        A flat graph with fake values in ``node.meta["val"]``, placeholders under their
+        old names, ``meta["is_parameter"]`` and ``meta["requires_grad"]`` on them.
+
+    Raises:
+        RingCompileError: for a higher-order op body that can't be inlined.
+    """
+    fake_mode, fakes = fake_inputs(gm, example_inputs)
+    with fake_mode, fx_traceback.preserve_node_meta():
+        shadow = make_fx(
+            _Inliner(gm).run,
+            pre_dispatch=True,
+            tracing_mode="real",
+            _allow_non_fake_inputs=True,
+        )(*fakes)
+    _carry_over_placeholders(gm, shadow, example_inputs)
+    shadow.graph.eliminate_dead_code()
+    shadow.recompile()
+    return shadow
+
+
+def _carry_over_placeholders(
+    gm: GraphModule, shadow: GraphModule, example_inputs: Sequence[object]
+) -> None:
+    old = gm.graph.find_nodes(op="placeholder")
+    new = shadow.graph.find_nodes(op="placeholder")
+    for before, after, value in zip(old, new, example_inputs, strict=True):
+        after.meta["source"] = before.name
+        after.meta["is_parameter"] = isinstance(value, nn.Parameter)
+        after.meta["requires_grad"] = isinstance(value, Tensor) and value.requires_grad
+
+
+class _Inliner(Interpreter):
+    """Runs a Dynamo graph node by node, its bodies inlined, ``tags`` on their nodes."""
+
+    _next_checkpoint = 0
+
+    def __init__(self, gm: GraphModule, tags: dict[str, object] | None = None) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.tags = tags or {}
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+        with _meta(self.tags):
+            return super().call_method(target, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+        name = str(target.name()) if hasattr(target, "name") else ""
+        if name in _INLINED and isinstance(args[0], GraphModule):
+            return self._inline(name, args, kwargs)
+        with _meta(self.tags):
+            return super().call_function(target, args, kwargs)
+
+    def _inline(self, name: str, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+        body, operands, tags = args[0], args[_INLINED[name] :], self.tags
+        if name == "tag_activation_checkpoint":
+            if "_checkpoint_context_fn" in body.meta:
+                raise RingCompileError(
+                    "selective activation checkpointing (context_fn=)",
+                    at="torch.utils.checkpoint.checkpoint",
+                    because="its policy is not carried through the rewrite yet",
+                    instead="call checkpoint(..., use_reentrant=False) without it",
+                )
+            kwargs = {k: v for k, v in kwargs.items() if k not in _CHECKPOINT_OPTIONS}
+            _Inliner._next_checkpoint += 1
+            tags = tags | {
+                "recompute": CheckpointPolicy.PREFER_RECOMPUTE,
+                "ac_graph_id": _Inliner._next_checkpoint,
+            }
+        assert not kwargs, f"{name} with keyword operands {sorted(kwargs)}"
+        return _Inliner(body, tags).run(*operands)
+
+
+@contextmanager
+def _meta(entries: dict[str, object]) -> Iterator[None]:
+    """Put entries on every node traced inside."""
+    before = dict(fx_traceback.current_meta)
+    fx_traceback.current_meta.update(entries)
+    try:
+        yield
+    finally:
+        fx_traceback.current_meta.clear()
+        fx_traceback.current_meta.update(before)
+
+
+def where(node: Node) -> str:
+    """The user's ``file:line`` that made ``node``, and the node's name."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [t.strip() for t in trace.splitlines() if t.strip().startswith("File ")]
+    if not lines:
+        return node.name
+    file, line, *_ = lines[-1].removeprefix("File ").split(", ")
+    return f"{file.strip(chr(34))}:{line.removeprefix('line ')} ({node.name})"

@@ -1,0 +1,1 @@
+"""Plain data: masks, layouts, schedules. No process group, no device, no FX graph."""

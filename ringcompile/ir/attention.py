@@ -1,0 +1,31 @@
+"""One attention's plan as one rank runs it: what the ring op carries as text."""
+
+from dataclasses import dataclass
+
+from ringcompile.ir.schedule import Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlan:
+    """Everything ``ringcompile::ring_attention`` needs beside its tensors.
+
+    Attributes:
+        index: number of the attention in its model; makes its tags unique.
+        name: what errors and traces call it, e.g. ``model.layers.3 (model.py:12)``.
+        rank: this rank's place in the CP group.
+        group_name: the process group's name; empty for one rank.
+        scale: factor of ``<Q, K>``.
+        timeout_s: a hop older than this raises.
+        schedule: what all ranks do.
+        sources: hash of the lowering's source files (a cached graph must not survive
+            their change).
+    """
+
+    index: int
+    name: str
+    rank: int
+    group_name: str
+    scale: float
+    timeout_s: float
+    schedule: Schedule
+    sources: str

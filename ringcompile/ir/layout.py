@@ -1,0 +1,121 @@
+"""Layouts: which global positions each rank holds, in order.
+
+A layout cuts ``S`` tokens (padded to a multiple of ``cp_size * chunks_per_rank``) into
+chunks of ``c`` tokens. Each chunk a rank holds is a *run*: positions
+``start + stride * i`` for ``i < c``, where ``start`` is affine in ``c``. Invariant: the
+runs of all ranks are a permutation of the padded positions.
+"""
+
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import Tensor
+
+from ringcompile.errors import OptionError
+
+Edge = tuple[int, int]
+"""``(chunks, rows)``: the row ``chunks * c + rows`` for chunk length ``c``."""
+
+LAYOUTS = ("contiguous", "zigzag", "striped")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The positions of one chunk: ``start + stride * i``, ``i < c``."""
+
+    start: Edge
+    stride: int
+
+    def first(self, chunk: "int | sympy.Expr") -> "int | sympy.Expr":
+        """The first position, for chunk length ``chunk``."""
+        return self.start[0] * chunk + self.start[1]
+
+    def last(self, chunk: "int | sympy.Expr") -> "int | sympy.Expr":
+        """The last position, for chunk length ``chunk``."""
+        return self.first(chunk) + self.stride * (chunk - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A named layout over ``cp_size`` ranks (SEMANTICS.md section 5).
+
+    Attributes:
+        name: ``contiguous``, ``zigzag`` or ``striped``.
+        cp_size: number of ranks.
+    """
+
+    name: str
+    cp_size: int
+
+    def __post_init__(self) -> None:
+        if self.name not in LAYOUTS:
+            text = format_error(
+                f"layout={self.name!r}",
+                at="options",
+                because="no such layout",
+                instead=f"one of {', '.join(LAYOUTS)}",
+            )
+            raise OptionError(text)
+        assert self.cp_size >= 1, "a layout needs at least one rank"
+
+    @property
+    def chunks_per_rank(self) -> int:
+        """Chunks (runs of positions) each rank holds."""
+        return 2 if self.name == "zigzag" else 1
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of the whole sequence."""
+        return self.cp_size * self.chunks_per_rank
+
+    def chunk_size(self, length: int) -> int:
+        """Tokens in a chunk for a sequence of ``length`` tokens, padding included."""
+        return (length + self.num_chunks - 1) // self.num_chunks
+
+    def shard_size(self, length: int) -> int:
+        """Tokens on each rank, padding included."""
+        return self.chunk_size(length) * self.chunks_per_rank
+
+    def runs(self, rank: int) -> tuple[Run, ...]:
+        """The chunks that ``rank`` holds, in their order in its shard."""
+        if self.name == "zigzag":
+            return (Run((rank, 0), 1), Run((2 * self.cp_size - 1 - rank, 0), 1))
+        if self.name == "striped":
+            return (Run((0, rank), self.cp_size),)
+        return (Run((rank, 0), 1),)
+
+    def positions(self, rank: int, length: int) -> tuple[int, ...]:
+        """Global positions of the rows of ``rank``; those >= ``length`` are padding."""
+        chunk = self.chunk_size(length)
+        return tuple(
+            run.start[0] * chunk + run.start[1] + run.stride * i
+            for run in self.runs(rank)
+            for i in range(chunk)
+        )
+
+    def position_tensor(
+        self, rank: int, chunk: int, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """The same as an int64 tensor ``(T,)``; ``chunk`` may be symbolic."""
+        runs = [
+            torch.arange(chunk, device=device) * run.stride
+            + (run.start[0] * chunk + run.start[1])
+            for run in self.runs(rank)
+        ]
+        return runs[0] if len(runs) == 1 else torch.cat(runs)
+
+    def permutation(self, length: int) -> tuple[int, ...]:
+        """``pi``: the global position of each row of all shards laid end to end."""
+        return tuple(p for r in range(self.cp_size) for p in self.positions(r, length))
+
+    def inverse(self, length: int) -> tuple[int, ...]:
+        """Where, among all shards laid end to end, each global position lies."""
+        order = self.permutation(length)
+        where = [0] * len(order)
+        for row, position in enumerate(order):
+            where[position] = row
+        return tuple(where)
+
+    def __str__(self) -> str:
+        return f"{self.name} x{self.cp_size}"

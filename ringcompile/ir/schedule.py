@@ -1,0 +1,167 @@
+"""Schedules: what each rank computes at each step and what travels meanwhile.
+
+At step ``i`` rank ``r`` computes with the K and V of ``owner(r) = (r - i) mod P``, which
+the owner sends straight to it: a step is one permutation of the ranks. Invariant: all
+ranks run the same steps in the same order; a rank's part in one may be empty.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from ringcompile.ir.layout import Edge, Layout
+from ringcompile.ir.mask import Mask
+
+
+class Coverage(Enum):
+    """How much of a tile the mask keeps."""
+
+    EMPTY = "."
+    PARTIAL = "/"
+    FULL = "#"
+
+
+class Kernel(Enum):
+    """Which kernel a piece needs."""
+
+    FULL = "full"  # every pair counts
+    CAUSAL = "causal"  # square, row i sees rows j <= i
+    MASKED = "masked"  # the predicate is evaluated on positions
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows ``[start, stop)`` of a shard, each edge affine in the chunk length."""
+
+    start: Edge
+    stop: Edge
+
+    def resolve(self, chunk: int) -> tuple[int, int]:
+        """The row numbers for chunk length ``chunk``."""
+        (a, b), (c, d) = self.start, self.stop
+        return a * chunk + b, c * chunk + d
+
+    def __str__(self) -> str:
+        return f"{_format_edge(self.start)}:{_format_edge(self.stop)}"
+
+
+def _format_edge(edge: Edge) -> str:
+    chunks, rows = edge
+    if not chunks:
+        return str(rows)
+    unit = "c" if chunks == 1 else f"{chunks}c"
+    return unit if not rows else f"{unit}{rows:+d}"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One kernel call: some query rows against some KV rows of one tile."""
+
+    q: Rows
+    kv: Rows
+    kernel: Kernel
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The work of one (query shard, KV shard) pair.
+
+    Attributes:
+        coverage: how much of the tile the mask keeps.
+        pieces: the kernel calls, disjoint in (q, kv) rows; none if empty.
+        needs: the KV rows of the owner that the pieces read; None if empty.
+    """
+
+    coverage: Coverage
+    pieces: tuple[Piece, ...] = ()
+    needs: Rows | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Rows that take part, per query head (dilated attention).
+
+    Position ``p`` is selected for query head ``h`` iff
+    ``(p mod segment) mod rate == offsets[h]``; a head whose offset is None has no rows.
+    A KV head's rows are the union over its query heads.
+
+    Attributes:
+        segment: tokens in a segment; a query sees only keys of its own segment.
+        rate: one row in ``rate`` is selected.
+        offsets: one per query head.
+        num_kv_heads: KV heads that the query heads share.
+    """
+
+    segment: int
+    rate: int
+    offsets: tuple[int | None, ...]
+    num_kv_heads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One turn of the schedule on every rank.
+
+    Attributes:
+        shift: rank r computes with the KV of rank ``(r - shift) mod P``.
+        tiles: ``tiles[r]`` is what rank r computes.
+    """
+
+    shift: int
+    tiles: tuple[Tile, ...]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no rank has work, so that the step can be dropped."""
+        return all(t.coverage is Coverage.EMPTY for t in self.tiles)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tiles over one row selection; the parts of a schedule are merged by their LSE.
+
+    Attributes:
+        mask: the pairs that count in this part.
+        selection: the rows that take part; None means all.
+        stages: steps grouped so that the hops of a stage fly during the one before.
+    """
+
+    mask: Mask
+    selection: Selection | None
+    stages: tuple[tuple[Step, ...], ...]
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """All steps in order; the first is the rank's own KV (shift 0)."""
+        return tuple(step for stage in self.stages for step in stage)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What all ranks do for one attention.
+
+    Attributes:
+        layout: which positions each rank holds.
+        length: tokens S; None when the schedule holds for every S that needs no padding.
+        parts: one for plain attention; several for dilated attention.
+    """
+
+    layout: Layout
+    length: int | None
+    parts: tuple[Part, ...]
+
+    @property
+    def cp_size(self) -> int:
+        """Number of ranks."""
+        return self.layout.cp_size
+
+    def __str__(self) -> str:
+        lines = [f"schedule {self.layout}"]
+        for number, part in enumerate(self.parts):
+            lines.append(f"  part {number}: {part.mask}")
+            for step_number, step in enumerate(part.steps):
+                cells = " ".join(
+                    f"kv{(r - step.shift) % self.cp_size}{t.coverage.value}"
+                    for r, t in enumerate(step.tiles)
+                )
+                lines.append(f"    step {step_number}: {cells}")
+        return "\n".join(lines)
