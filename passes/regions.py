@@ -1,0 +1,67 @@
+"""Records of the attentions found in a graph, and of those that must be gathered."""
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from ringcompile.ir.mask import Mask
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A Q, K or V of a region.
+
+    Attributes:
+        node: a 4-D node ``(B, heads, S, D)``; K and V un-repeated, with their G heads.
+        transposed: whether the node is ``(B, heads, D, S)`` instead.
+    """
+
+    node: Node
+    transposed: bool = False
+
+    @property
+    def sequence_dim(self) -> int:
+        """The dim of ``node`` that is the sequence."""
+        return 3 if self.transposed else 2
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One attention that can become a ring.
+
+    Attributes:
+        output: the node ``(B, H, S, E)`` that the ring's result replaces.
+        q, k, v: the operands.
+        scale: factor of ``<Q, K>``.
+        mask: the pairs that count, over captures.
+        captures: ``captures[i]`` is the small integer or bool node read as ``ci``.
+        where: the user's ``file:line`` and the node's name.
+    """
+
+    output: Node
+    q: Operand
+    k: Operand
+    v: Operand
+    scale: float
+    mask: Mask
+    captures: tuple[Node, ...]
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An attention that runs gathered instead.
+
+    Attributes:
+        output: its last node.
+        what: what it is, with the offending value.
+        because: why it can't become a ring.
+        instead: what the user can do.
+        where: the user's ``file:line`` and the node's name.
+    """
+
+    output: Node
+    what: str
+    because: str
+    instead: str
+    where: str
