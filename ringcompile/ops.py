@@ -1,0 +1,125 @@
+"""The ops that passes write into graphs and that lowering gives meaning to.
+
+Only schemas and shapes live here. Kernels are registered by ``ringcompile.lowering``;
+invariant: every op is functional (no argument is written, no result is an argument).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import SymInt, Tensor
+
+LIBRARY = torch.library.Library("ringcompile", "DEF")
+
+_SCHEMAS = (
+    # Attention of local shards; `captures` are full and replicated.
+    # `plan`: `ir.text.format_plan` of a `RankPlan`.
+    "ring_attention(Tensor q, Tensor k, Tensor v, Tensor[] captures, *, str plan)"
+    " -> Tensor",
+    # Reshards; `spec`: `ir.reshard.format_spec` of a `ReshardSpec`. The cut dim may be
+    # a flattening [outer, length, inner].
+    "shard(Tensor x, int dim, SymInt outer=1, SymInt inner=1, *, str spec,"
+    " Scalar? fill=None) -> Tensor",
+    "gather(Tensor x, int dim, SymInt length, SymInt outer=1, SymInt inner=1, *,"
+    " str spec) -> Tensor",
+    "reduce(Tensor x, *, str spec) -> Tensor",
+    "spread(Tensor[] xs, *, str spec) -> Tensor[]",
+    "scale_grad(Tensor x, float factor) -> Tensor",
+    # Communication: asynchronous until `_c10d_functional.wait_tensor`. `deps` are only
+    # waited for by the compiler's ordering; dst or src -1: no peer, no rows.
+    "hop(Tensor[] payload, Tensor[] deps, int dst, int src, SymInt[] recv_rows,"
+    " int tag, str group_name, float timeout_s) -> Tensor[]",
+    "all_gather(Tensor x, int cp_size, int tag, str group_name, float timeout_s)"
+    " -> Tensor",
+    "all_reduce(Tensor[] xs, int tag, str group_name, float timeout_s) -> Tensor[]",
+    # Copies of x that keep `deps` needed; `keep` is also saved for backward.
+    "keep(Tensor x, Tensor[] deps) -> Tensor",
+    "touch(Tensor x, Tensor[] deps) -> Tensor",
+    # One tile under a mask. Positions: (H or 1, n) and (G or 1, m), int64, -1 = no row.
+    # `mask`: `ir.text` of a `Mask`. `lse` is float32, `(B, H, n)`.
+    "masked_attention(Tensor q, Tensor k, Tensor v, Tensor q_pos, Tensor k_pos,"
+    " Tensor[] captures, *, str mask, float scale) -> (Tensor out, Tensor lse)",
+    "masked_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v,"
+    " Tensor out, Tensor lse, Tensor q_pos, Tensor k_pos, Tensor[] captures, *,"
+    " str mask, float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
+)
+
+for _schema in _SCHEMAS:
+    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+_OPS = torch.ops.ringcompile
+RING_ATTENTION = _OPS.ring_attention.default
+SHARD = _OPS.shard.default
+GATHER = _OPS.gather.default
+REDUCE = _OPS.reduce.default
+SPREAD = _OPS.spread.default
+SCALE_GRAD = _OPS.scale_grad.default
+HOP = _OPS.hop.default
+ALL_GATHER = _OPS.all_gather.default
+ALL_REDUCE = _OPS.all_reduce.default
+KEEP = _OPS.keep.default
+TOUCH = _OPS.touch.default
+MASKED_ATTENTION = _OPS.masked_attention.default
+MASKED_ATTENTION_BACKWARD = _OPS.masked_attention_backward.default
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What results of ``dtype`` are merged and summed in: float32, or float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _fake(name: str):  # noqa: ANN202 - torch.library's decorators have no types
+    return torch.library.register_fake(f"ringcompile::{name}", lib=LIBRARY)
+
+
+@_fake("hop")
+def _hop_shapes(
+    payload: Sequence[Tensor],
+    deps: Sequence[Tensor],  # noqa: ARG001
+    dst: int,  # noqa: ARG001
+    src: int,  # noqa: ARG001
+    recv_rows: Sequence[int | SymInt],
+    *_rest: object,
+) -> list[Tensor]:
+    return [
+        x.new_empty((*x.shape[:-2], rows, x.shape[-1]))
+        for x, rows in zip(payload, recv_rows, strict=True)
+    ]
+
+
+@_fake("all_gather")
+def _all_gather_shape(x: Tensor, cp_size: int, *_rest: object) -> Tensor:
+    return x.new_empty((cp_size, *x.shape))
+
+
+@_fake("all_reduce")
+def _all_reduce_shapes(xs: Sequence[Tensor], *_rest: object) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in xs]
+
+
+@_fake("keep")
+def _keep_shape(x: Tensor, _deps: Sequence[Tensor]) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_fake("touch")
+def _touch_shape(x: Tensor, _deps: Sequence[Tensor]) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_fake("masked_attention")
+def _masked_shapes(
+    q: Tensor, _k: Tensor, v: Tensor, *_rest: object, **_options: object
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(q.dtype)
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=dtype)
+    return out, q.new_empty(q.shape[:-1], dtype=dtype)
+
+
+@_fake("masked_attention_backward")
+def _masked_backward_shapes(
+    _grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_rest: object, **_opt: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(q.dtype)
+    dq, dk, dv = (x.new_empty(x.shape, dtype=dtype) for x in (q, k, v))
+    return dq, dk, dv
