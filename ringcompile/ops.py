@@ -4,48 +4,54 @@ Only schemas and shapes live here. Kernels are registered by ``ringcompile.lower
 invariant: every op is functional (no argument is written, no result is an argument).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import SymInt, Tensor
 
 LIBRARY = torch.library.Library("ringcompile", "DEF")
 
-_SCHEMAS = (
-    # Attention of local shards; `captures` are full and replicated.
-    # `plan`: `ir.text.format_plan` of a `RankPlan`.
-    "ring_attention(Tensor q, Tensor k, Tensor v, Tensor[] captures, *, str plan)"
-    " -> Tensor",
-    # Reshards; `spec`: `ir.reshard.format_spec` of a `ReshardSpec`. The cut dim may be
-    # a flattening [outer, length, inner].
-    "shard(Tensor x, int dim, SymInt outer=1, SymInt inner=1, *, str spec,"
-    " Scalar? fill=None) -> Tensor",
-    "gather(Tensor x, int dim, SymInt length, SymInt outer=1, SymInt inner=1, *,"
-    " str spec) -> Tensor",
-    "reduce(Tensor x, *, str spec) -> Tensor",
-    "spread(Tensor[] xs, *, str spec) -> Tensor[]",
-    "scale_grad(Tensor x, float factor) -> Tensor",
-    # Communication: asynchronous until `_c10d_functional.wait_tensor`. `deps` are only
-    # waited for by the compiler's ordering; dst or src -1: no peer, no rows.
-    "hop(Tensor[] payload, Tensor[] deps, int dst, int src, SymInt[] recv_rows,"
-    " int tag, str group_name, float timeout_s) -> Tensor[]",
-    "all_gather(Tensor x, int cp_size, int tag, str group_name, float timeout_s)"
-    " -> Tensor",
-    "all_reduce(Tensor[] xs, int tag, str group_name, float timeout_s) -> Tensor[]",
-    # Copies of x that keep `deps` needed; `keep` is also saved for backward.
-    "keep(Tensor x, Tensor[] deps) -> Tensor",
-    "touch(Tensor x, Tensor[] deps) -> Tensor",
-    # One tile under a mask. Positions: (H or 1, n) and (G or 1, m), int64, -1 = no row.
-    # `mask`: `ir.text` of a `Mask`. `lse` is float32, `(B, H, n)`.
-    "masked_attention(Tensor q, Tensor k, Tensor v, Tensor q_pos, Tensor k_pos,"
-    " Tensor[] captures, *, str mask, float scale) -> (Tensor out, Tensor lse)",
-    "masked_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v,"
-    " Tensor out, Tensor lse, Tensor q_pos, Tensor k_pos, Tensor[] captures, *,"
-    " str mask, float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
-)
+# Schemas end with a semicolon; the grammar has no comments, so here is the glossary.
+#   ring_attention  attention of local shards. `captures` are full and replicated,
+#                   `plan` is `ir.text.format_plan` of a `RankPlan`.
+#   shard ... scale_grad  reshards, with the transposes of DESIGN.md section 3. `spec`
+#                   is `ir.reshard.format_spec` of a `ReshardSpec`. The cut dim may be a
+#                   flattening [outer, length, inner]; pads copy the last position, or
+#                   are `fill`.
+#   hop, all_gather, all_reduce  start communication, `_c10d_functional.wait_tensor`
+#                   ends it. `deps` only order; dst or src = -1: no peer, no rows.
+#   keep, touch     copies of x that make `deps` needed; `keep` is saved for backward.
+#   masked_attention  one tile. Positions are (H or 1, n) and (G or 1, m) int64 with -1
+#                   for no row, `mask` is text of a `Mask`. out and lse are float32, or
+#                   float64 for float64. The backward takes the merged out and lse.
+_SCHEMAS = """
+ring_attention(Tensor q, Tensor k, Tensor v, Tensor[] captures, *, str plan) -> Tensor;
 
-for _schema in _SCHEMAS:
-    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+shard(Tensor x, int dim, SymInt outer=1, SymInt inner=1, *, str spec,
+    Scalar? fill=None) -> Tensor;
+gather(Tensor x, int dim, SymInt length, SymInt outer=1, SymInt inner=1, *,
+    str spec) -> Tensor;
+reduce(Tensor x, *, str spec) -> Tensor;
+spread(Tensor[] xs, *, str spec) -> Tensor[];
+scale_grad(Tensor x, float factor) -> Tensor;
+
+hop(Tensor[] payload, Tensor[] deps, int dst, int src, SymInt[] recv_rows, int tag,
+    str group_name, float timeout_s) -> Tensor[];
+all_gather(Tensor x, int cp_size, int tag, str group_name, float timeout_s) -> Tensor;
+all_reduce(Tensor[] xs, int tag, str group_name, float timeout_s) -> Tensor[];
+
+keep(Tensor x, Tensor[] deps) -> Tensor;
+touch(Tensor x, Tensor[] deps) -> Tensor;
+
+masked_attention(Tensor q, Tensor k, Tensor v, Tensor q_pos, Tensor k_pos,
+    Tensor[] captures, *, str mask, float scale) -> (Tensor out, Tensor lse);
+masked_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out,
+    Tensor lse, Tensor q_pos, Tensor k_pos, Tensor[] captures, *, str mask,
+    float scale) -> (Tensor dq, Tensor dk, Tensor dv);
+"""
+
+for _schema in _SCHEMAS.split(";")[:-1]:
+    LIBRARY.define(" ".join(_schema.split()), tags=(torch.Tag.pt2_compliant_tag,))
 
 _OPS = torch.ops.ringcompile
 RING_ATTENTION = _OPS.ring_attention.default
@@ -68,16 +74,16 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _fake(name: str):  # noqa: ANN202 - torch.library's decorators have no types
+def _fake(name: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
     return torch.library.register_fake(f"ringcompile::{name}", lib=LIBRARY)
 
 
 @_fake("hop")
 def _hop_shapes(
     payload: Sequence[Tensor],
-    deps: Sequence[Tensor],  # noqa: ARG001
-    dst: int,  # noqa: ARG001
-    src: int,  # noqa: ARG001
+    deps: Sequence[Tensor],
+    dst: int,
+    src: int,
     recv_rows: Sequence[int | SymInt],
     *_rest: object,
 ) -> list[Tensor]:
