@@ -1,0 +1,106 @@
+"""A mesh or process group turned into what the compiler needs to know: ``Ranks``.
+
+Invariant: a ``Ranks`` is plain data; nothing after this module asks torch for a rank.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ringcompile.errors import OptionError
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The ranks that share one sequence, as this process sees them.
+
+    Attributes:
+        rank: cp rank of this process.
+        size: cp size, P.
+        group_name: Name that functional collectives know the group by; "" if alone.
+        device_type: ``cuda`` if the group moves CUDA tensors, else ``cpu``.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group_name: str = ""
+    device_type: str = "cpu"
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other rank, so that nothing need be cut."""
+        return self.size == 1
+
+
+def find_ranks(mesh: object = None) -> Ranks:
+    """Describe the context-parallel group that the option ``mesh`` names.
+
+    Args:
+        mesh: 1-D ``DeviceMesh``, a process group, or None for the default group.
+
+    Returns:
+        The ranks; one lone rank if the group has one member, or if ``mesh`` is None
+        and no process group is initialized.
+
+    Raises:
+        OptionError: the mesh is not 1-D, or this process has no place in it.
+    """
+    group = _find_group(mesh)
+    if group is None:
+        return Ranks()
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    if rank < 0:
+        raise _not_a_member("a process group")
+    if size == 1:
+        return Ranks()
+    return Ranks(rank, size, group.group_name, _find_device_type(group))
+
+
+def _find_group(mesh: object) -> dist.ProcessGroup | None:
+    if mesh is None:
+        ready = dist.is_available() and dist.is_initialized()
+        return dist.group.WORLD if ready else None
+    if isinstance(mesh, DeviceMesh):
+        return _find_mesh_group(mesh)
+    if isinstance(mesh, dist.ProcessGroup):
+        return mesh
+    if mesh is dist.GroupMember.NON_GROUP_MEMBER:
+        raise _not_a_member("a process group")
+    raise OptionError(
+        f"mesh={mesh!r}",
+        at="options",
+        because=f"a {type(mesh).__name__} is neither a DeviceMesh nor a process group",
+        instead='for example {"mesh": device_mesh["cp"]}',
+    )
+
+
+def _find_mesh_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    if mesh.ndim != 1:
+        names = mesh.mesh_dim_names
+        raise OptionError(
+            f"mesh={mesh!r}",
+            at="options",
+            because=f"a {mesh.ndim}-D mesh (ulysses, ring) is not built yet",
+            instead=f"one mesh dim of it: mesh[{names[-1]!r}]"
+            if names
+            else "a 1-D mesh: one with mesh_dim_names can be indexed by name",
+        )
+    if mesh.get_coordinate() is None:
+        raise _not_a_member(f"mesh {mesh!r}")
+    return mesh.get_group()
+
+
+def _not_a_member(what: str) -> OptionError:
+    return OptionError(
+        f"mesh: {what} without this process",
+        at="options",
+        because="every process that compiles holds a part of the sequence",
+        instead="compile only on members, or pass the mesh this process belongs to",
+    )
+
+
+def _find_device_type(group: dist.ProcessGroup) -> str:
+    has_cuda = "cuda" in dist.get_backend_config(group)
+    return "cuda" if has_cuda and torch.cuda.is_available() else "cpu"
