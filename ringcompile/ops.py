@@ -4,7 +4,7 @@ Only schemas and shapes live here. Kernels are registered by ``ringcompile.lower
 invariant: every op is functional (no argument is written, no result is an argument).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import SymInt, Tensor
@@ -74,11 +74,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _fake(name: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
-    return torch.library.register_fake(f"ringcompile::{name}", lib=LIBRARY)
-
-
-@_fake("hop")
+@torch.library.register_fake("ringcompile::hop", lib=LIBRARY)
 def _hop_shapes(
     payload: Sequence[Tensor],
     deps: Sequence[Tensor],
@@ -93,27 +89,27 @@ def _hop_shapes(
     ]
 
 
-@_fake("all_gather")
+@torch.library.register_fake("ringcompile::all_gather", lib=LIBRARY)
 def _all_gather_shape(x: Tensor, cp_size: int, *_rest: object) -> Tensor:
     return x.new_empty((cp_size, *x.shape))
 
 
-@_fake("all_reduce")
+@torch.library.register_fake("ringcompile::all_reduce", lib=LIBRARY)
 def _all_reduce_shapes(xs: Sequence[Tensor], *_rest: object) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in xs]
 
 
-@_fake("keep")
+@torch.library.register_fake("ringcompile::keep", lib=LIBRARY)
 def _keep_shape(x: Tensor, _deps: Sequence[Tensor]) -> Tensor:
     return torch.empty_like(x)
 
 
-@_fake("touch")
+@torch.library.register_fake("ringcompile::touch", lib=LIBRARY)
 def _touch_shape(x: Tensor, _deps: Sequence[Tensor]) -> Tensor:
     return torch.empty_like(x)
 
 
-@_fake("masked_attention")
+@torch.library.register_fake("ringcompile::masked_attention", lib=LIBRARY)
 def _masked_shapes(
     q: Tensor, _k: Tensor, v: Tensor, *_rest: object, **_options: object
 ) -> tuple[Tensor, Tensor]:
@@ -122,7 +118,7 @@ def _masked_shapes(
     return out, q.new_empty(q.shape[:-1], dtype=dtype)
 
 
-@_fake("masked_attention_backward")
+@torch.library.register_fake("ringcompile::masked_attention_backward", lib=LIBRARY)
 def _masked_backward_shapes(
     _grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_rest: object, **_opt: object
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,106 @@
+"""Tags, and the few ops around a hop, so that the ring loop reads as one.
+
+A tag says which attention, phase and step a transfer belongs to. Invariants: no two
+hops of a graph share a tag (equal ones would be merged, and the KV that forward got be
+saved for backward), and all ranks emit the same list of tags.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from ringcompile import ops
+
+WAIT = torch.ops._c10d_functional.wait_tensor.default  # noqa: SLF001
+
+
+class Phase(IntEnum):
+    """What travels, and when."""
+
+    FORWARD_KV = 0
+    BACKWARD_KV = 1
+    BACKWARD_DKV = 2
+    RESHARD = 3
+
+    @property
+    def label(self) -> str:
+        """The phase for people."""
+        return ("forward KV", "backward KV", "backward dKV", "reshard")[self]
+
+
+RESHARDS = ("shard", "gather", "reduce", "spread")
+
+# gloo's tags are 31 bits wide: 2**15 attentions, 4 phases, 2**14 steps.
+_PHASES = len(Phase)
+_STEPS = 2**14
+_ATTENTIONS = 2**15
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """Where in a program a transfer happens.
+
+    Attributes:
+        attention: number of the attention in its model; 0 for reshards.
+        phase: what travels.
+        step: number of the step, counted over all parts; or of the kind of reshard.
+    """
+
+    attention: int
+    phase: Phase
+    step: int
+
+    def encode(self) -> int:
+        """The tag as the number that ops carry."""
+        assert 0 <= self.step < _STEPS, f"step {self.step} has no tag"
+        assert 0 <= self.attention < _ATTENTIONS, f"attention {self.attention}: no tag"
+        return (self.attention * _PHASES + self.phase) * _STEPS + self.step
+
+    @classmethod
+    def decode(cls, number: int) -> "Tag":
+        """Read a tag back."""
+        head, step = divmod(number, _STEPS)
+        attention, phase = divmod(head, _PHASES)
+        return cls(attention, Phase(phase), step)
+
+    def __str__(self) -> str:
+        if self.phase is Phase.RESHARD:
+            return f"reshard ({RESHARDS[self.step]})"
+        return f"attention {self.attention}, {self.phase.label}, step {self.step}"
+
+
+def reshard_tag(kind: str) -> int:
+    """The tag of a collective of that kind of reshard."""
+    return Tag(0, Phase.RESHARD, RESHARDS.index(kind)).encode()
+
+
+def wait_all(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Wait for what a communication op gave."""
+    return tuple(WAIT(t) for t in tensors)
+
+
+def keep(x: Tensor, deps: Sequence[Tensor] = ()) -> Tensor:
+    """``x``, saved for backward even where its surroundings are recomputed."""
+    kept: Tensor = ops.KEEP(x, list(deps))
+    return kept
+
+
+def touch(x: Tensor, deps: Sequence[Tensor]) -> Tensor:
+    """``x``, such that whoever needs it needs ``deps`` too.
+
+    A rank that only sends at a step receives no rows. Nothing would read them, and the
+    compiler would drop the send with them: the peer would wait for ever.
+    """
+    touched: Tensor = ops.TOUCH(x, list(deps)) if deps else x
+    return touched
+
+
+def _copy(x: Tensor, _deps: Sequence[Tensor]) -> Tensor:
+    return x.clone()
+
+
+for _name in ("keep", "touch"):
+    ops.LIBRARY.impl(_name, _copy, "CompositeExplicitAutograd")

@@ -1,0 +1,1 @@
+"""How hops and collectives move their bytes."""

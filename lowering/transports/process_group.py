@@ -1,0 +1,203 @@
+"""Hops and collectives over a ``torch.distributed`` process group.
+
+Every op registers a work with its results, and ``wait_tensor`` ends it. Invariant: no
+wait outlasts ``timeout_s`` on gloo, and one that fails names rank, peer and step. On
+NCCL a wait only orders streams; there the group's own watchdog ends a hang.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import accumulate, pairwise
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringcompile import ops
+from ringcompile.errors import TransportError
+from ringcompile.lowering.hops import Tag
+from ringcompile.torch_private import (
+    Work,
+    find_group,
+    register_work,
+    start_all_gather,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Transfer:
+    """One pending transfer of torch's, and its name: ``send to rank 2``."""
+
+    work: dist.Work
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Who waits for what, for error texts."""
+
+    rank: int
+    tag: int
+    timeout_s: float
+
+
+class TimedWork(Work):
+    """Pending transfers; ``wait`` ends them all or raises ``TransportError``.
+
+    Holds the tensors that are being sent, so that they outlive the transfer.
+    """
+
+    def __init__(
+        self,
+        place: _Place,
+        transfers: Sequence[_Transfer],
+        held: Sequence[Tensor],
+        *,
+        finish: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self._place = place
+        self._transfers = tuple(transfers)
+        self._held = tuple(held)
+        self._finish = finish
+
+    def wait(self, _timeout: timedelta | None = None) -> bool:
+        """Wait for all transfers, each for at most ``timeout_s``."""
+        transfers, self._transfers = self._transfers, ()
+        limit = timedelta(seconds=self._place.timeout_s)
+        for transfer in transfers:
+            try:
+                transfer.work.wait(limit)
+            except RuntimeError as error:
+                raise _transport_error(self._place, transfer.name, error) from error
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            finish()
+        self._held = ()
+        return True
+
+
+def _transport_error(place: _Place, name: str, error: Exception) -> TransportError:
+    reason = (str(error).splitlines() or [""])[0]
+    is_late = "timed out" in reason.lower() or "timeout" in reason.lower()
+    return TransportError(
+        f"{name} did not finish within {place.timeout_s:g} s"
+        if is_late
+        else f"{name} failed",
+        at=f"rank {place.rank}, {Tag.decode(place.tag)}",
+        because=f"that rank is stopped, slow or gone ({reason})",
+        instead="look at that rank's own error; a larger timeout_s if it is only slow",
+    )
+
+
+# ---- hop -----------------------------------------------------------------------------
+
+
+def _hop(  # noqa: PLR0913, PLR0917 - the op's schema
+    payload: Sequence[Tensor],
+    _deps: Sequence[Tensor],
+    dst: int,
+    src: int,
+    recv_rows: Sequence[int],
+    tag: int,
+    group_name: str,
+    timeout_s: float,
+) -> list[Tensor]:
+    received = [
+        x.new_empty((*x.shape[:-2], rows, x.shape[-1]))
+        for x, rows in zip(payload, recv_rows, strict=True)
+    ]
+    group = find_group(group_name)
+    _warm_up(group)
+    sent = [x.contiguous() for x in payload]
+    # Rows travel only where there are some; both ends know how many there are.
+    sends = [x for x in sent if dst >= 0 and x.numel()]
+    receives = [x for x in received if src >= 0 and x.numel()]
+    requests = [dist.P2POp(dist.isend, x, None, group, tag, dst) for x in sends]
+    requests += [dist.P2POp(dist.irecv, x, None, group, tag, src) for x in receives]
+    if not requests:
+        return received
+    works = dist.batch_isend_irecv(requests)
+    names = [f"send to rank {dst}"] * len(sends)
+    names += [f"receive from rank {src}"] * len(receives)
+    if len(works) < len(names):  # NCCL: one work for all
+        names = [" and ".join(dict.fromkeys(names))] * len(works)
+    transfers = [_Transfer(w, n) for w, n in zip(works, names, strict=True)]
+    place = _Place(dist.get_rank(group), tag, timeout_s)
+    work = TimedWork(place, transfers, sends)
+    for x in received:
+        register_work(x, work)
+    return received
+
+
+_warm_groups: WeakSet[dist.ProcessGroup] = WeakSet()
+
+
+def _warm_up(group: dist.ProcessGroup) -> None:
+    """Let all ranks meet before their first hop.
+
+    The first batched P2P of an NCCL group must involve every rank (pytorch PR #74701).
+    All ranks emit the same hops, so each of them comes here at its first one.
+    """
+    if group in _warm_groups or group.name() != "nccl":
+        return
+    _warm_groups.add(group)
+    dist.barrier(group)
+
+
+# ---- collectives ---------------------------------------------------------------------
+
+
+def _all_gather(
+    x: Tensor, cp_size: int, tag: int, group_name: str, timeout_s: float
+) -> Tensor:
+    group = find_group(group_name)
+    assert group.size() == cp_size, f"{group.size()} ranks, planned for {cp_size}"
+    sent = x.contiguous()
+    gathered = x.new_empty((cp_size, *x.shape))
+    work = start_all_gather(group, gathered, sent, timeout_s)
+    place = _Place(dist.get_rank(group), tag, timeout_s)
+    transfer = _Transfer(work, "all-gather")
+    register_work(gathered, TimedWork(place, [transfer], [sent]))
+    return gathered
+
+
+def _all_reduce(
+    xs: Sequence[Tensor], tag: int, group_name: str, timeout_s: float
+) -> list[Tensor]:
+    """Sum each tensor over the ranks, through one flat buffer per dtype."""
+    group = find_group(group_name)
+    options = dist.AllreduceOptions()
+    options.timeout = timedelta(seconds=timeout_s)
+    results = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
+    place = _Place(dist.get_rank(group), tag, timeout_s)
+    for dtype in dict.fromkeys(x.dtype for x in xs):
+        mine = [i for i, x in enumerate(xs) if x.dtype == dtype]
+        flat = torch.cat([xs[i].reshape(-1) for i in mine])
+        transfer = _Transfer(group.allreduce([flat], options), "all-reduce")
+        outs = [results[i] for i in mine]
+        work = TimedWork(place, [transfer], [flat], finish=_Unflatten(flat, outs))
+        for out in outs:
+            register_work(out, work)
+    return results
+
+
+@dataclass(frozen=True, slots=True)
+class _Unflatten:
+    """Copies a reduced flat buffer into the results, once it is there."""
+
+    flat: Tensor
+    outs: Sequence[Tensor]
+
+    def __call__(self) -> None:
+        edges = pairwise(accumulate((x.numel() for x in self.outs), initial=0))
+        for out, (start, stop) in zip(self.outs, edges, strict=True):
+            out.copy_(self.flat[start:stop].view(out.shape))
+
+
+for _key in ("CPU", "CUDA"):
+    ops.LIBRARY.impl("hop", _hop, _key)
+    ops.LIBRARY.impl("all_gather", _all_gather, _key)
+    ops.LIBRARY.impl("all_reduce", _all_reduce, _key)
