@@ -1,13 +1,23 @@
 """Every private API of torch that we use, for torch 2.11 and 2.13, in one place."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
 
+import sympy
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
+from torch._C._distributed_c10d import AllgatherOptions, Work, _register_work
 from torch._guards import TracingContext
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import GraphModule
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.distributed import ProcessGroup, distributed_c10d
+from torch.fx import Graph, GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import CheckpointPolicy
+
+__all__ = ["Work"]  # the rest is defined here
 
 # ---- tracing -------------------------------------------------------------------------
 
@@ -57,4 +67,101 @@ def _fake_input(
     )
 
 
+def size_hint(size: int | SymInt) -> int:
+    """A size as the number it has in the call at hand; adds no guard."""
+    return size if isinstance(size, int) else int(size.node.require_hint())
+
+
+def sizes_equal(a: int | SymInt, b: int | SymInt) -> bool:
+    """Whether two sizes are equal in every call; adds no guard."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return bool(statically_known_true(a == b))
+
+
+def size_expression(size: int | SymInt) -> sympy.Expr:
+    """A size as a sympy expression of the graph's size symbols."""
+    return sympy.Integer(size) if isinstance(size, int) else size.node.expr
+
+
 # ---- lowering ------------------------------------------------------------------------
+
+
+def find_group(name: str) -> ProcessGroup:
+    """The process group that functional collectives know by ``name``."""
+    resolve: Callable[[str], ProcessGroup] = distributed_c10d.__dict__[
+        "_resolve_process_group"  # typed for a NewType of str in 2.13
+    ]
+    return resolve(name)
+
+
+def start_all_gather(
+    group: ProcessGroup, gathered: Tensor, x: Tensor, timeout_s: float
+) -> Work:
+    """Gather every rank's ``x`` into ``gathered``; fails after ``timeout_s``."""
+    options = AllgatherOptions()
+    options.timeout = timedelta(seconds=timeout_s)
+    return group._allgather_base(gathered.view(-1), x.view(-1), options)  # noqa: SLF001
+
+
+def register_work(result: Tensor, work: Work) -> None:
+    """Let ``wait_tensor(result)`` end ``work``."""
+    _register_work(result, work)
+
+
+def register_collective_lowering(op: OpOverload) -> None:
+    """Teach Inductor an op that starts communication.
+
+    Its first argument is a tensor, or a list whose i-th tensor must stay whole until
+    the i-th result is waited for; Inductor's wait kernel looks for them there.
+    """
+    # Inductor takes seconds to import, so only who compiles with it pays.
+    from torch._inductor import ir, lowering  # noqa: PLC0415
+
+    lowering.add_layout_constraint(op, lowering.constrain_to_fx_strides)
+
+    def lower(sent: Any, *args: object) -> object:  # noqa: ANN401 - Inductor's IR
+        sent = tree_map(ir.ExternKernel.require_contiguous, sent)
+        started = ir._CollectiveKernel.create_out_of_place(  # noqa: SLF001
+            op, sent, *args
+        )
+        return tree_map(ir.TensorBox.create, started)
+
+    lowering.register_lowering(op, type_promotion_kind=None)(lower)
+
+
+def register_identity_lowering(op: OpOverload) -> None:
+    """Teach Inductor an op whose result is its first argument, at no cost."""
+    from torch._inductor import lowering  # noqa: PLC0415
+
+    lowering.register_lowering(op, type_promotion_kind=None)(lambda x, _deps: x)
+
+
+def mark_saved_pass(
+    op: OpOverload, uuid: str, others: Sequence[Callable[[Graph], None]] = ()
+) -> Callable[[Graph], None]:
+    """A pass over the joint graph: results of ``op`` are saved, never recomputed.
+
+    Args:
+        op: op with one tensor result.
+        uuid: what the compile cache knows the pass by; empty keeps graphs out of it.
+        others: the user's own passes, run first.
+    """
+    from torch._inductor.custom_graph_pass import CustomGraphPass  # noqa: PLC0415
+
+    class MarkSaved(CustomGraphPass):
+        def __call__(self, graph: Graph) -> None:
+            for other in others:
+                other(graph)
+            mark_saved(graph, op)
+
+        def uuid(self) -> str | None:
+            return uuid or None
+
+    return MarkSaved()
+
+
+def mark_saved(graph: Graph, op: OpOverload) -> None:
+    """Let the partitioner save every result of ``op``."""
+    for node in graph.find_nodes(op="call_function", target=op):
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
