@@ -1,0 +1,270 @@
+"""Writes the rewritten graph: reshards between nodes, sizes, positions, pads.
+
+Invariant: a reshard is written once for each value, placement and grad mode, and stands
+before its first use.
+"""
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch._ops import OpOverload
+from torch.fx import Graph, Node
+
+from ringcompile.ir.layout import Layout
+from ringcompile.ops import GATHER, REDUCE, SCALE_GRAD, SHARD, SPREAD
+from ringcompile.passes.dims import Size
+from ringcompile.passes.op import Op, call_arguments, is_float, is_tensor
+from ringcompile.passes.propagate_layout import Placement, Placements, Shard
+from ringcompile.torch_private import SET_GRAD_ENABLED, size_expression
+
+aten = torch.ops.aten
+
+_SIZE_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    "Add": operator.add,
+    "Mul": operator.mul,
+    "FloorDiv": operator.floordiv,
+}
+
+# Tags of a node that what is written for it inherits.
+_INHERITED = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id")
+
+
+@dataclass(frozen=True, slots=True)
+class AxisLayout:
+    """How one axis is cut.
+
+    Attributes:
+        layout: which positions each rank holds.
+        length: tokens S, possibly symbolic.
+        padded: whether some rank holds pads.
+        spec: text of the ``ReshardSpec``.
+    """
+
+    layout: Layout
+    length: Size
+    padded: bool
+    spec: str
+
+    @property
+    def shard_size(self) -> Size:
+        """Rows on each rank."""
+        if self.padded:
+            assert isinstance(self.length, int), "a padded axis has a fixed length"
+            return self.layout.shard_size(self.length)
+        return self.length // self.layout.cp_size
+
+
+class Emitter:
+    """A new graph in the making, for one rank."""
+
+    def __init__(
+        self, old: Graph, placements: Placements, axes: tuple[AxisLayout, ...]
+    ) -> None:
+        self.graph = Graph()
+        self.env: dict[Node, Node] = {}
+        self._old = old
+        self._placements = placements
+        self._axes = axes
+        self._memo: dict[tuple[object, ...], Node] = {}
+        self._spread_inputs: dict[Node, Node] = {}
+        self._modes: tuple[str, ...] = ()
+        self._meta: dict[str, Any] = {}
+        self._needs_grad = _find_grads(old)
+
+    # ---- plain calls -----------------------------------------------------------------
+
+    @contextmanager
+    def writing_for(self, node: Node) -> Iterator[None]:
+        """Everything written inside inherits the tags of the old ``node``."""
+        self._meta = {k: node.meta[k] for k in _INHERITED if k in node.meta}
+        yield
+
+    def enter_mode(self, name: str) -> None:
+        """Note a change of grad mode or autocast: reshards aren't shared across it."""
+        self._modes = (*self._modes, name)
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:  # noqa: ANN401
+        """Write a call."""
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta.update(self._meta)
+        return node
+
+    def call_op(self, op: Op, args: dict[str, Any]) -> Node:
+        """Write the same op with other arguments."""
+        assert isinstance(op.node.target, OpOverload), "an op of a library"
+        positional, keyword = call_arguments(op.node.target, args)
+        return self.call(op.node.target, *positional, **keyword)
+
+    def cast(self, x: Node, dtype: torch.dtype) -> Node:
+        """Cast; free where the dtype is right already."""
+        return self.call(aten.to.dtype, x, dtype)
+
+    def copy(self, node: Node, value_of: Callable[[Node], Node]) -> Node:
+        """Copy an old node that is no op of a library."""
+        new = self.graph.node_copy(node, value_of)
+        new.meta = dict(self._meta)
+        return new
+
+    # ---- sizes and positions ---------------------------------------------------------
+
+    def size(self, size: Size) -> int | Node:
+        """A size as an int, or as a node where it is symbolic."""
+        return (
+            size if isinstance(size, int) else self._expression(size_expression(size))
+        )
+
+    def _expression(self, e: sympy.Expr) -> int | Node:
+        if e.is_Integer:
+            return int(e)
+        key = ("size", e)
+        if key not in self._memo:
+            self._memo[key] = self._write_expression(e)
+        return self._memo[key]
+
+    def _write_expression(self, e: sympy.Expr) -> Node:
+        if e.is_Symbol:
+            return self._symbol(e)
+        args = [self._expression(a) for a in e.args]
+        target = _SIZE_OPERATORS.get(type(e).__name__)
+        assert target is not None, f"size {e} can't be written into the graph"
+        result = args[0]
+        for arg in args[1:]:
+            result = self.call(target, result, arg)
+        assert isinstance(result, Node), "a symbolic size is a node"
+        return result
+
+    def _symbol(self, e: sympy.Expr) -> Node:
+        for node in self._old.find_nodes(op="placeholder"):
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt) and value.node.expr == e:
+                return self.env[node]
+            for d, size in enumerate(value.shape if is_tensor(node) else ()):
+                if size_expression(size) == e:
+                    return self.call(aten.sym_size.int, self.env[node], d)
+        raise AssertionError(f"no input has the size {e}")
+
+    def positions(self, shard: Shard) -> Node:
+        """Global positions of this rank's rows, int64 ``(T,)``; -1 for pads."""
+        axis = self._axes[shard.axis]
+        key = ("positions", shard.axis, self._modes)
+        if key not in self._memo:
+            every = self.call(
+                aten.arange.default, self.size(axis.length), device=self._device
+            )
+            self._memo[key] = self.call(SHARD, every, 0, 1, 1, spec=axis.spec, fill=-1)
+        return self._memo[key]
+
+    @property
+    def _device(self) -> torch.device:
+        tensors = [
+            n.meta["val"]
+            for n in self._old.find_nodes(op="placeholder")
+            if is_tensor(n)
+        ]
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    def where_rows(self, rows: Node, x: Node, shard: Shard, *, rank: int) -> Node:
+        """``x`` where the bool ``rows`` ``(T,)`` hold, else 0."""
+        if not (shard.outer is 1 and shard.inner is 1):  # noqa: F632
+            sizes = [self.size(shard.outer), -1, self.size(shard.inner)]
+            rows = self.call(aten.reshape.default, rows, [1, -1, 1])
+            rows = self.call(aten.expand.default, rows, sizes)
+        shape = [1] * rank
+        shape[shard.dim] = -1
+        rows = self.call(aten.reshape.default, rows, shape)
+        return self.call(aten.where.ScalarOther, rows, x, 0)
+
+    def mask_pads(self, x: Node, shard: Shard, *, rank: int) -> Node:
+        """``x`` with the rows of pads set to 0."""
+        if not self._axes[shard.axis].padded:
+            return x
+        real = self.call(aten.ge.Scalar, self.positions(shard), 0)
+        return self.where_rows(real, x, shard, rank=rank)
+
+    # ---- placements ------------------------------------------------------------------
+
+    def shard_of(self, node: Node) -> Shard:
+        """The placement of an old node that is known to be sharded."""
+        placement = self._placements.decisions[node].placement
+        assert placement is not None, f"{node} is sharded"
+        return placement
+
+    def reduce(self, x: Node) -> Node:
+        """Sum over the ranks; every rank then has the whole."""
+        return self.call(REDUCE, x, spec=self._axes[0].spec)
+
+    def cut(self, x: Node, to: Shard, *, fill: object = None) -> Node:
+        """This rank's rows of a replicated value."""
+        axis = self._axes[to.axis]
+        sides = (self.size(to.outer), self.size(to.inner))
+        options = {} if fill is None else {"fill": fill}
+        return self.call(SHARD, x, to.dim, *sides, spec=axis.spec, **options)
+
+    def join(self, x: Node, shard: Shard) -> Node:
+        """The whole of a sharded value."""
+        axis = self._axes[shard.axis]
+        sizes = (self.size(n) for n in (axis.length, shard.outer, shard.inner))
+        return self.call(GATHER, x, shard.dim, *sizes, spec=axis.spec)
+
+    def operand(self, node: Node, wanted: Placement, *, by_shards: bool) -> Node:
+        """An old node's value as its consumer wants it.
+
+        Args:
+            node: the old node.
+            wanted: the placement the consumer needs.
+            by_shards: whether the consumer runs on shards: then a replicated value's
+                gradient is partial on each rank and must be summed.
+        """
+        have = self._placements.decisions[node].placement
+        spreads = wanted is None and by_shards and self._needs_grad[node]
+        if spreads and node in self._spread_inputs:
+            return self._spread_inputs[node]
+        if have == wanted and not spreads:
+            return self.env[node]
+        key = (node, wanted, by_shards and wanted is None, self._modes)
+        if key not in self._memo:
+            x = self.env[node] if have is None else self.join(self.env[node], have)
+            if wanted is not None:
+                x = self.cut(x, wanted)
+            elif spreads:
+                x = self.spread([x])[0]
+            self._memo[key] = x
+        return self._memo[key]
+
+    def needs_grad(self, node: Node) -> bool:
+        """Whether an old node's value may need a gradient."""
+        return self._needs_grad[node]
+
+    def set_spread(self, inputs: list[Node], spread: list[Node]) -> None:
+        """Say what stands for these inputs where shards use them."""
+        self._spread_inputs.update(zip(inputs, spread, strict=True))
+
+    def spread(self, xs: list[Node]) -> list[Node]:
+        """Replicated values for use by shards: their gradients are summed once."""
+        out = self.call(SPREAD, xs, spec=self._axes[0].spec)
+        return [self.call(operator.getitem, out, i) for i in range(len(xs))]
+
+    def scale_grad(self, x: Node, factor: float) -> Node:
+        """The identity; its gradient is multiplied by ``factor``."""
+        return x if factor == 1.0 else self.call(SCALE_GRAD, x, factor)
+
+
+def _find_grads(graph: Graph) -> dict[Node, bool]:
+    """Whether a value may need a gradient: from the inputs that do, forward."""
+    needs: dict[Node, bool] = {}
+    enabled = True
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            needs[node] = bool(node.meta.get("requires_grad"))
+            continue
+        if node.target is SET_GRAD_ENABLED:
+            enabled = bool(node.args[0])
+        needs[node] = (
+            enabled and is_float(node) and any(needs[n] for n in node.all_input_nodes)
+        )
+    return needs

@@ -1,0 +1,110 @@
+"""One call of the graph with its arguments under their schema names."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.fx import Node
+from torch.fx.node import Argument, map_arg
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """A ``call_function`` of an ATen (or our own) op.
+
+    Attributes:
+        node: the call.
+        packet: the op without its overload, which rules are found by.
+        args: every argument by its schema name, defaults filled in.
+        slots: the tensor operands, one per occurrence, in schema order.
+        slot_names: the argument that each slot stands in.
+    """
+
+    node: Node
+    packet: OpOverloadPacket
+    args: dict[str, Any]
+    slots: tuple[Node, ...]
+    slot_names: tuple[str, ...]
+
+    def slot(self, name: str) -> int | None:
+        """The slot of a single-tensor argument; None when it isn't given."""
+        return self.slot_names.index(name) if name in self.slot_names else None
+
+    def rank(self, slot: int) -> int:
+        """Number of dims of the tensor in ``slot``."""
+        return len(shape_of(self.slots[slot]))
+
+    def with_slots(self, new: list[Node]) -> dict[str, Any]:
+        """The arguments with the tensors of the slots replaced in order."""
+        pending = iter(new)
+        return {
+            k: _map_tensors(v, lambda _: next(pending)) for k, v in self.args.items()
+        }
+
+
+def read_op(node: Node) -> Op | None:
+    """Read a call by its schema; None for anything that is no op of a library."""
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+        return None
+    args: dict[str, Any] = {}
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.name in node.kwargs:
+            args[argument.name] = node.kwargs[argument.name]
+        elif position < len(node.args):
+            args[argument.name] = node.args[position]
+        else:
+            args[argument.name] = argument.default_value
+    slots: list[Node] = []
+    names: list[str] = []
+    for name, value in args.items():
+        before = len(slots)
+        _map_tensors(value, _append(slots))
+        names += [name] * (len(slots) - before)
+    return Op(node, node.target.overloadpacket, args, tuple(slots), tuple(names))
+
+
+def call_arguments(
+    target: OpOverload, args: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a call, from arguments by name."""
+    schema = target._schema.arguments
+    positional = tuple(args[a.name] for a in schema if not a.kwarg_only)
+    keyword = {
+        a.name: args[a.name]
+        for a in schema
+        if a.kwarg_only and args[a.name] != a.default_value
+    }
+    return positional, keyword
+
+
+def _append(slots: list[Node]) -> Callable[[Node], Node]:
+    def add(node: Node) -> Node:
+        slots.append(node)
+        return node
+
+    return add
+
+
+def _map_tensors(value: Argument, fn: Callable[[Node], Node]) -> Argument:
+    return map_arg(value, lambda n: fn(n) if is_tensor(n) else n)
+
+
+def is_tensor(node: Node) -> bool:
+    """Whether the node's value is one tensor."""
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def shape_of(node: Node) -> torch.Size:
+    """Global shape of the node's value (of its first tensor, if it has several)."""
+    value = node.meta["val"]
+    return value.shape if isinstance(value, Tensor) else value[0].shape
+
+
+def is_float(node: Node) -> bool:
+    """Whether the node's value is a floating-point tensor."""
+    value = node.meta.get("val")
+    value = value[0] if isinstance(value, (tuple, list)) and value else value
+    return isinstance(value, Tensor) and value.dtype.is_floating_point

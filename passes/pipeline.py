@@ -1,0 +1,274 @@
+"""The passes in order: from a Dynamo graph to one rank's graph.
+
+Invariant: what is refused leaves the graph as it was; every change has a named pass and
+its text can be read.
+"""
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import SymInt
+from torch.fx import GraphModule, Node
+
+from ringcompile.config import RingOptions
+from ringcompile.errors import UnsupportedAttentionError
+from ringcompile.ir.attention import RankPlan
+from ringcompile.ir.layout import Layout
+from ringcompile.ir.mask import Mask
+from ringcompile.ir.reshard import ReshardSpec, format_spec
+from ringcompile.ir.schedule import Schedule, Selection
+from ringcompile.ir.text import format_plan
+from ringcompile.mesh import Ranks
+from ringcompile.passes.emitter import AxisLayout
+from ringcompile.passes.find_attention import find_attention
+from ringcompile.passes.op import shape_of
+from ringcompile.passes.propagate_layout import Placements, propagate_layout
+from ringcompile.passes.raise_attention import raise_attention
+from ringcompile.passes.regions import Refusal, Region
+from ringcompile.passes.rewrite import Gathered, Sharding, rewrite
+from ringcompile.passes.shadow import trace_shadow
+from ringcompile.passes.text import format_graph
+from ringcompile.plan.choose import choose_layout
+from ringcompile.plan.coverage import DependsOnLength
+from ringcompile.plan.stages import build_schedule
+from ringcompile.torch_private import observe_pass, size_hint
+
+log = logging.getLogger("ringcompile")
+
+PartSpec = tuple[Mask, Selection | None]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedAttention:
+    """One attention that became a ring."""
+
+    region: Region
+    plan: RankPlan
+    reason: str
+
+
+@dataclass(slots=True)
+class Rewritten:
+    """What the passes made of one graph.
+
+    Attributes:
+        gm: the graph of this rank.
+        attentions: those that became rings.
+        refusals: those that run gathered.
+        gathered: every value that is made whole, outputs included.
+        texts: the graph after each named pass.
+    """
+
+    gm: GraphModule
+    attentions: tuple[PlannedAttention, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    gathered: tuple[Gathered, ...] = ()
+    texts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def plan_hash(self) -> str:
+        """Equal on all ranks iff they are about to run the same schedules."""
+        text = "\n".join(
+            f"{a.plan.index} {a.plan.scale!r} {a.plan.group_name} {a.plan.sources}"
+            f" {a.plan.schedule!r}"
+            for a in self.attentions
+        )
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run_passes(
+    gm: GraphModule,
+    example_inputs: Sequence[object],
+    *,
+    options: RingOptions,
+    ranks: Ranks,
+    sources: str,
+) -> Rewritten:
+    """Turn a Dynamo graph into this rank's graph.
+
+    Args:
+        gm: the graph; left as it is.
+        example_inputs: its inputs, real or fake.
+        options: the user's options.
+        ranks: this rank's place among its peers.
+        sources: hash of the lowering's source files.
+
+    Raises:
+        UnsupportedAttentionError: an attention can't become a ring and
+            ``unsupported="error"``.
+    """
+    made = Rewritten(trace_shadow(gm, example_inputs))
+    _note(made, "shadow")
+    with observe_pass(made.gm, "find_attention"):
+        found = find_attention(made.gm)
+    made.refusals = tuple(f for f in found if isinstance(f, Refusal))
+    _refuse(made.refusals, options)
+    regions = tuple(f for f in found if isinstance(f, Region))
+    if not regions:
+        return made
+    with observe_pass(made.gm, "raise_attention"):
+        calls = raise_attention(made.gm, regions)
+    _note(made, "raise_attention")
+    with observe_pass(made.gm, "propagate_layout"):
+        placements = propagate_layout(made.gm.graph)
+    planner = _Planner(options, ranks, sources)
+    axes = planner.lay_out(placements, calls)
+    plans = planner.plan(placements, calls)
+    made.attentions = tuple(plans.values())
+    texts = {node: format_plan(planned.plan) for node, planned in plans.items()}
+    if ranks.is_alone:
+        for node, text in texts.items():
+            node.kwargs = {"plan": text}
+        made.gm.recompile()
+    else:
+        with observe_pass(made.gm, "rewrite"):
+            sharding = _read_sharding(options, ranks, axes)
+            made.gm, made.gathered = rewrite(made.gm, placements, texts, sharding)
+    _note(made, "rewrite")
+    _warn_of_gathers(made.gathered, options)
+    return made
+
+
+def _note(made: Rewritten, name: str) -> None:
+    made.texts[name] = format_graph(made.gm, name=name)
+    log.debug("%s", made.texts[name])
+
+
+def _refuse(refusals: Sequence[Refusal], options: RingOptions) -> None:
+    for refusal in refusals:
+        error = UnsupportedAttentionError(
+            refusal.what,
+            at=refusal.where,
+            because=refusal.because,
+            instead=refusal.instead,
+        )
+        if options.unsupported == "error":
+            raise error
+        warnings.warn(f"runs gathered: {error}", stacklevel=2)
+
+
+def _warn_of_gathers(gathered: Sequence[Gathered], options: RingOptions) -> None:
+    seen = set()
+    for g in gathered:
+        line = g.where.split(" (")[0]
+        if g.what.startswith("output") or (line, g.what) in seen:
+            continue
+        seen.add((line, g.what))
+        error = UnsupportedAttentionError(
+            f"{g.what} needs the whole sequence: {g.num_bytes} bytes on every rank",
+            at=g.where,
+            because=g.because,
+            instead="an op that works on each token alone, or accept the gather",
+        )
+        if options.unsupported == "error":
+            raise error
+        warnings.warn(f"gathers: {error}", stacklevel=2)
+
+
+def _read_sharding(
+    options: RingOptions, ranks: Ranks, axes: tuple[AxisLayout, ...]
+) -> Sharding:
+    gathers = options.outputs == "gathered"
+    if options.grads == "summed":
+        return Sharding(axes, gathers)
+    factors = (1.0, 1.0 / ranks.size)
+    if options.local_scale == "mean":
+        factors = (float(ranks.size), 1.0)
+    return Sharding(axes, gathers, param_factors=factors, sums_grads=False)
+
+
+class _Planner:
+    """Chooses a layout for each axis, then plans each attention on its axis."""
+
+    def __init__(self, options: RingOptions, ranks: Ranks, sources: str) -> None:
+        self._options = options
+        self._ranks = ranks
+        self._sources = sources
+        self._axes: list[AxisLayout] = []
+        self._reasons: list[str] = []
+
+    def lay_out(
+        self, placements: Placements, calls: dict[Node, Region]
+    ) -> tuple[AxisLayout, ...]:
+        """Fix layout and padding of every axis."""
+        for number, axis in enumerate(placements.axes):
+            masks = [
+                calls[node].mask
+                for node, on in placements.attention_axis.items()
+                if on == number
+            ]
+            layout, reason = self._choose(masks, axis.length)
+            length, padded = _settle_length(axis.length, layout)
+            spec = ReshardSpec(
+                layout,
+                self._ranks.rank,
+                self._ranks.group_name,
+                self._options.timeout_s,
+                self._sources,
+            )
+            self._axes.append(AxisLayout(layout, length, padded, format_spec(spec)))
+            self._reasons.append(reason)
+        return tuple(self._axes)
+
+    def _choose(
+        self, masks: Sequence[Mask], length: int | SymInt
+    ) -> tuple[Layout, str]:
+        if self._options.layout != "auto":
+            layout = Layout(self._options.layout, self._ranks.size)
+            return layout, f'layout="{layout.name}" in the options'
+        return choose_layout(masks, self._ranks.size, size_hint(length))
+
+    def plan(
+        self, placements: Placements, calls: dict[Node, Region]
+    ) -> dict[Node, PlannedAttention]:
+        """A plan for each call; axes whose schedule depends on S get a fixed S."""
+        planned = {}
+        for index, (node, region) in enumerate(calls.items()):
+            number = placements.attention_axis[node]
+            schedule = self._schedule(region, number)
+            plan = RankPlan(
+                index=index,
+                name=region.where,
+                rank=self._ranks.rank,
+                group_name=self._ranks.group_name,
+                scale=region.scale,
+                timeout_s=self._options.timeout_s,
+                schedule=schedule,
+                sources=self._sources,
+            )
+            planned[node] = PlannedAttention(region, plan, self._reasons[number])
+        return planned
+
+    def _schedule(self, region: Region, number: int) -> Schedule:
+        axis = self._axes[number]
+        stages = self._options.stages
+        num_stages = stages if isinstance(stages, int) else None
+        parts = self._parts(region)
+        length = None if isinstance(axis.length, SymInt) else axis.length
+        if any(selection is not None for _, selection in parts):
+            length = int(axis.length)
+        try:
+            return build_schedule(parts, axis.layout, length, num_stages=num_stages)
+        except DependsOnLength:
+            length = int(axis.length)
+            return build_schedule(parts, axis.layout, length, num_stages=num_stages)
+
+    def _parts(self, region: Region) -> tuple[PartSpec, ...]:
+        pattern = self._options.attention
+        if pattern == "exact":
+            return ((region.mask, None),)
+        heads, kv_heads = (shape_of(o.node)[1] for o in (region.q, region.k))
+        parts: tuple[PartSpec, ...] = pattern.build_parts(region.mask, heads, kv_heads)
+        return parts
+
+
+def _settle_length(length: int | SymInt, layout: Layout) -> tuple[int | SymInt, bool]:
+    """Keep S symbolic where no rank needs pads (that is guarded); else fix it."""
+    if isinstance(length, SymInt) and not bool(length % layout.num_chunks == 0):
+        length = int(length)
+    if isinstance(length, SymInt):
+        return length, False
+    return length, length % layout.num_chunks != 0

@@ -1,0 +1,285 @@
+"""Decide for every node whether its value is sharded, and what it needs of its operands.
+
+Reads the graph, edits nothing. The sequence axes are the factors of the attentions' Q;
+every float value that has one is sharded along it where a rule proves its op local.
+Integers, and what is computed from them alone, stay replicated. An op that no rule knows
+runs replicated on gathered operands. Invariant: a replicated value is equal on all ranks.
+"""
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from ringcompile.errors import ShardingError
+from ringcompile.ops import RING_ATTENTION
+from ringcompile.passes.collectors import Collector, find_collector
+from ringcompile.passes.dims import Dim, Dims, Factors, Size
+from ringcompile.passes.op import Op, is_float, is_tensor, read_op, shape_of
+from ringcompile.passes.rules import find_rule
+from ringcompile.passes.rules.flow import Flow, Link
+from ringcompile.passes.shadow import where
+from ringcompile.torch_private import sizes_equal
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A value cut along ``[outer, S, inner]`` of one dim; None stands for replicated.
+
+    Attributes:
+        axis: number of the sequence axis.
+        dim: the dim that is cut.
+        outer: size of what stands before the sequence in that dim, 1 if nothing.
+        inner: size of what stands behind it.
+    """
+
+    axis: int
+    dim: int
+    outer: Size = 1
+    inner: Size = 1
+
+    def __str__(self) -> str:
+        return f"shard({self.dim})"
+
+
+Placement = Shard | None
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One sequence that is cut over the ranks.
+
+    Attributes:
+        factor: the factor that names it.
+        length: tokens S, possibly symbolic.
+    """
+
+    factor: int
+    length: Size
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How one node runs.
+
+    Attributes:
+        placement: of its result.
+        operands: what each tensor operand must be, in the order of ``Op.slots``.
+        flow: the rule's word, for ops that run on shards as they are.
+        collector: what sums shards up to a replicated result, if it does that.
+        gathered: why a sharded operand must be gathered; empty if none.
+    """
+
+    placement: Placement
+    operands: tuple[Placement, ...] = ()
+    flow: Flow | None = None
+    collector: Collector | None = None
+    gathered: str = ""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the op runs on a shard, so that ranks compute different things."""
+        return self.placement is not None or any(self.operands)
+
+
+@dataclass(frozen=True, slots=True)
+class Placements:
+    """All decisions of one graph, and its sequence axes."""
+
+    axes: tuple[Axis, ...]
+    decisions: dict[Node, Decision]
+    attention_axis: dict[Node, int]
+
+
+def propagate_layout(graph: Graph) -> Placements:
+    """Decide the placement of every node of a graph with ``ring_attention`` calls."""
+    factors = Factors()
+    ops = {node: op for node in graph.nodes if (op := read_op(node)) is not None}
+    dims, flows = _find_dims(graph, ops, factors)
+    axes, attention_axis = _find_axes(graph, dims, factors)
+    decide = _Decider(ops, dims, flows, factors, axes)
+    for node in graph.nodes:
+        decide(node)
+    return Placements(axes, decide.decisions, attention_axis)
+
+
+def _find_dims(
+    graph: Graph, ops: dict[Node, Op], factors: Factors
+) -> tuple[dict[Node, Dims], dict[Node, Flow]]:
+    dims: dict[Node, Dims] = {}
+    flows: dict[Node, Flow] = {}
+    for node in graph.nodes:
+        if node.target is operator.getitem and node.args[0] in dims:
+            dims[node] = dims[node.args[0]]
+            continue
+        op = ops.get(node)
+        flow = None if op is None else _apply_rule(op, factors, dims)
+        if flow is not None:
+            flows[node], dims[node] = flow, flow.dims
+        elif is_tensor(node):
+            dims[node] = factors.new_dims(shape_of(node))
+    return dims, flows
+
+
+def _apply_rule(op: Op, factors: Factors, dims: dict[Node, Dims]) -> Flow | None:
+    operands = [dims[node] for node in op.slots]
+    if op.node.target is RING_ATTENTION:
+        return _flow_of_attention(factors, operands)
+    rule = find_rule(op)
+    flow = rule(op, factors, operands) if rule is not None else None
+    if flow is not None and len(flow.dims) != len(shape_of(op.node)):
+        return None
+    return flow
+
+
+def _flow_of_attention(factors: Factors, operands: list[Dims]) -> Flow:
+    """(B, H, S, D), (B, G, S, D), (B, G, S, E) and replicated captures."""
+    q, k, v = operands[:3]
+    for other in (k, v):
+        factors.unite(q[0], other[0])
+        factors.unite(q[2], other[2])
+    links = {Link(slot, 2, 2) for slot in range(3)} | {Link(0, 0, 0), Link(0, 1, 1)}
+    return Flow((q[0], q[1], q[2], v[3]), frozenset(links))
+
+
+def _find_axes(
+    graph: Graph, dims: dict[Node, Dims], factors: Factors
+) -> tuple[tuple[Axis, ...], dict[Node, int]]:
+    axes: list[Axis] = []
+    numbers: dict[int, int] = {}
+    attention_axis: dict[Node, int] = {}
+    for node in graph.nodes:
+        if node.target is not RING_ATTENTION:
+            continue
+        sequence = dims[node][2]
+        if len(sequence) != 1:
+            raise ShardingError(
+                f"attention over a sequence of shape {tuple(shape_of(node))}",
+                at=where(node),
+                because="its sequence dim is no single extent that can be cut",
+                instead='options={"unsupported": "gather"} with another view of it',
+            )
+        factor = factors.find(sequence[0])
+        if factor not in numbers:
+            numbers[factor] = len(axes)
+            axes.append(Axis(factor, shape_of(node)[2]))
+        attention_axis[node] = numbers[factor]
+    return tuple(axes), attention_axis
+
+
+class _Decider:
+    """Walks the graph once, in order."""
+
+    def __init__(
+        self,
+        ops: dict[Node, Op],
+        dims: dict[Node, Dims],
+        flows: dict[Node, Flow],
+        factors: Factors,
+        axes: tuple[Axis, ...],
+    ) -> None:
+        self.decisions: dict[Node, Decision] = {}
+        self._ops = ops
+        self._dims = dims
+        self._flows = flows
+        self._factors = factors
+        self._axes = axes
+
+    def __call__(self, node: Node) -> None:
+        """Decide one node; its operands are decided already."""
+        if node.target is operator.getitem and is_tensor(node):
+            source = self._placement(node.args[0])
+            self.decisions[node] = Decision(source, (source,))
+            return
+        op = self._ops.get(node)
+        decision = Decision(None) if op is None else self._decide(op)
+        self.decisions[node] = decision
+        if op is not None:
+            _check_mutation(op, [self._placement(n) for n in op.slots], decision)
+
+    def _placement(self, node: object) -> Placement:
+        return self.decisions[node].placement if isinstance(node, Node) else None
+
+    def _decide(self, op: Op) -> Decision:
+        current = [self._placement(node) for node in op.slots]
+        flow = self._flows.get(op.node)
+        if any(current) or is_float(op.node):
+            local = None if flow is None else self._find_local(op, flow)
+            if local is not None:
+                return local
+        if not any(current):
+            return Decision(None, tuple(current))
+        collector = find_collector(op, current)
+        if collector is not None:
+            operands = collector.operands(op, current)
+            return Decision(None, tuple(operands), collector=collector)
+        because = (
+            "no rule knows how it acts on a shard"
+            if flow is None
+            else "it mixes positions of the sequence"
+        )
+        return Decision(None, (None,) * len(current), gathered=because)
+
+    def _find_local(self, op: Op, flow: Flow) -> Decision | None:
+        """The op on shards, if the one axis of its result passes every operand."""
+        places = self._places(flow.dims)
+        if len(places) != 1:
+            return None
+        result = places[0]
+        operands: list[Placement] = []
+        for slot, node in enumerate(op.slots):
+            at = self._places(self._dims[node])
+            linked = [x.operand_dim for x in flow.links if _leads(x, slot, result.dim)]
+            if any(p.dim not in linked for p in at) or len(at) > 1:
+                return None
+            if at:
+                operands.append(at[0])
+                continue
+            operands.append(self._align(node, linked, op.node, result))
+        if not any(operands) and not flow.is_constant:
+            return None
+        return Decision(result, tuple(operands), flow)
+
+    def _align(
+        self, node: Node, linked: Iterable[int], result_node: Node, result: Shard
+    ) -> Placement:
+        """An operand that doesn't show the axis but spans it is cut as the result is."""
+        size = shape_of(result_node)[result.dim]
+        for d in linked:
+            if sizes_equal(shape_of(node)[d], size):
+                return Shard(result.axis, d, result.outer, result.inner)
+        return None
+
+    def _places(self, dims: Dims) -> list[Shard]:
+        found = []
+        for number, axis in enumerate(self._axes):
+            for d, i in self._factors.place_of(dims, axis.factor):
+                outer, inner = self._sides(dims[d], i)
+                found.append(Shard(number, d, outer, inner))
+        return found
+
+    def _sides(self, dim: Dim, place: int) -> tuple[Size, Size]:
+        product = self._factors.product
+        return product(dim[:place]), product(dim[place + 1 :])
+
+
+def _leads(link: Link, slot: int, result_dim: int) -> bool:
+    return link.slot == slot and link.result_dim == result_dim
+
+
+def _check_mutation(op: Op, current: list[Placement], decision: Decision) -> None:
+    """An op that writes its operand must find it where it lies."""
+    schema = op.node.target._schema  # type: ignore[union-attr]  # noqa: SLF001
+    if not schema.is_mutable:
+        return
+    for slot, name in enumerate(op.slot_names):
+        argument = next(a for a in schema.arguments if a.name == name)
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        if writes and current[slot] != decision.operands[slot]:
+            raise ShardingError(
+                f"{op.packet} writes in place to a value that must be resharded first",
+                at=where(op.node),
+                because="the write would be lost on the value that others read",
+                instead="write it out of place (x = x + y)",
+            )

@@ -1,0 +1,239 @@
+"""Write the graph of one rank: every op on what its decision says.
+
+The editing half of the pass: it can't fail, since ``propagate_layout`` decided all.
+"""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import Argument, map_arg
+
+from ringcompile.ops import RING_ATTENTION
+from ringcompile.passes.emitter import AxisLayout, Emitter
+from ringcompile.passes.op import Op, read_op, shape_of
+from ringcompile.passes.propagate_layout import Decision, Placements, Shard
+from ringcompile.passes.shadow import where
+from ringcompile.torch_private import AUTOCAST_CALLS, SET_GRAD_ENABLED, size_hint
+
+aten = torch.ops.aten
+
+_BUCKET_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """A value that was made whole on every rank.
+
+    Attributes:
+        where: the user's line and the node.
+        what: the op that needs it, or the output that it is.
+        num_bytes: of the whole value.
+        because: why it can't stay sharded.
+    """
+
+    where: str
+    what: str
+    num_bytes: int
+    because: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """How the graph of one rank is to be written.
+
+    Attributes:
+        axes: one layout for each sequence axis.
+        gathers_outputs: whether outputs are whole, as in eager.
+        param_factors: what a parameter's gradient is multiplied by in sharded and in
+            replicated use; (1, 1) and summed over ranks unless ``grads="local"``.
+        sums_grads: whether parameters' gradients are summed over the ranks.
+    """
+
+    axes: tuple[AxisLayout, ...]
+    gathers_outputs: bool = True
+    param_factors: tuple[float, float] = (1.0, 1.0)
+    sums_grads: bool = True
+
+
+def rewrite(
+    gm: GraphModule, placements: Placements, plans: dict[Node, str], sharding: Sharding
+) -> tuple[GraphModule, tuple[Gathered, ...]]:
+    """Write one rank's graph.
+
+    Args:
+        gm: the graph with ``ring_attention`` calls on global shapes.
+        placements: what ``propagate_layout`` decided for it.
+        plans: the rank's plan text for each of those calls.
+        sharding: layouts and policies.
+
+    Returns:
+        The rank's graph and every value that is gathered in it.
+    """
+    writer = _Writer(gm, placements, plans, sharding)
+    graph = writer.write()
+    graph.eliminate_dead_code()
+    new = GraphModule(gm, graph)
+    new.meta.update(gm.meta)
+    return new, tuple(writer.gathered)
+
+
+class _Writer:
+    def __init__(
+        self,
+        gm: GraphModule,
+        placements: Placements,
+        plans: dict[Node, str],
+        sharding: Sharding,
+    ) -> None:
+        self.gathered: list[Gathered] = []
+        self._old = gm.graph
+        self._decisions = placements.decisions
+        self._plans = plans
+        self._sharding = sharding
+        self._emit = Emitter(gm.graph, placements, sharding.axes)
+
+    def write(self) -> Graph:
+        emit = self._emit
+        inputs = self._old.find_nodes(op="placeholder")
+        for node in inputs:
+            emit.env[node] = emit.graph.node_copy(node)
+        self._write_parameter_uses()
+        for node in self._old.nodes:
+            if node.op not in ("placeholder", "output"):
+                with emit.writing_for(node):
+                    emit.env[node] = self._write_node(node)
+        self._write_output()
+        return emit.graph
+
+    def _write_parameter_uses(self) -> None:
+        """Spread all parameters that shards use, in few buckets, at the top."""
+        emit = self._emit
+        used = self._parameters_used_by_shards()
+        if self._sharding.sums_grads:
+            for bucket in _make_buckets(used):
+                spread = emit.spread([emit.env[node] for node in bucket])
+                emit.set_spread(bucket, spread)
+            return
+        by_shards, replicated = self._sharding.param_factors
+        parameters = [n for n in used if n.meta.get("is_parameter")]
+        scaled = [emit.scale_grad(emit.env[n], by_shards) for n in parameters]
+        emit.set_spread(parameters, scaled)
+        for node in self._old.find_nodes(op="placeholder"):
+            if node.meta.get("is_parameter") and emit.needs_grad(node):
+                emit.env[node] = emit.scale_grad(emit.env[node], replicated)
+
+    def _parameters_used_by_shards(self) -> list[Node]:
+        found: dict[Node, None] = {}
+        for node, decision in self._decisions.items():
+            if not decision.is_sharded or (op := read_op(node)) is None:
+                continue
+            for operand, wanted in zip(op.slots, decision.operands, strict=True):
+                is_input = operand.op == "placeholder" and wanted is None
+                if is_input and self._emit.needs_grad(operand):
+                    found[operand] = None
+        return list(found)
+
+    def _write_node(self, node: Node) -> Node:
+        emit = self._emit
+        if node.target is SET_GRAD_ENABLED or node.target in AUTOCAST_CALLS:
+            emit.enter_mode(node.name)
+        decision = self._decisions[node]
+        op = read_op(node)
+        if op is None:
+            return emit.copy(node, lambda n: self._whole(n, node))
+        if decision.gathered:
+            self._note_gathers(op, decision)
+        operands = [
+            emit.operand(n, wanted, by_shards=decision.is_sharded)
+            for n, wanted in zip(op.slots, decision.operands, strict=True)
+        ]
+        if decision.collector is not None:
+            return decision.collector.emit(emit, op, operands)
+        if node.target is RING_ATTENTION:
+            args = op.with_slots(operands) | {"plan": self._plans[node]}
+            return emit.call_op(op, self._map_sizes(args))
+        return self._write_local(op, decision, operands)
+
+    def _write_local(self, op: Op, decision: Decision, operands: list[Node]) -> Node:
+        emit, flow, shard = self._emit, decision.flow, decision.placement
+        args = self._map_sizes(op.with_slots(operands))
+        if flow is None or shard is None:
+            return emit.call_op(op, args)
+        if flow.is_view:
+            sizes = [emit.size(n) for n in shape_of(op.node)]
+            sizes[shard.dim] = -1
+            return emit.call(aten.reshape.default, operands[0], sizes)
+        if flow.sizes is not None:
+            sizes = list(args[flow.sizes])
+            sizes[shard.dim] = (
+                -1 if operands and not flow.is_constant else self._local_size(shard)
+            )
+            args[flow.sizes] = sizes
+        return emit.call_op(op, args)
+
+    def _local_size(self, shard: Shard) -> int | Node:
+        axis = self._sharding.axes[shard.axis]
+        return self._emit.size(shard.outer * axis.shard_size * shard.inner)
+
+    def _map_sizes(self, args: dict[str, Argument]) -> dict[str, Argument]:
+        """Old nodes that are no tensors (sizes, scalars) become their new ones."""
+        env = self._emit.env
+        return {k: map_arg(v, lambda n: env.get(n, n)) for k, v in args.items()}
+
+    def _whole(self, node: Node, user: Node) -> Node:
+        """An operand of something that is no op: whole, unless it just picks one."""
+        if user.target is operator.getitem:
+            return self._emit.env[node]
+        return self._emit.operand(node, None, by_shards=False)
+
+    def _note_gathers(self, op: Op, decision: Decision) -> None:
+        for node in dict.fromkeys(op.slots):
+            if self._decisions[node].placement is not None:
+                self.gathered.append(
+                    Gathered(
+                        where(op.node), str(op.packet), _bytes(node), decision.gathered
+                    )
+                )
+
+    def _write_output(self) -> None:
+        old = self._old.output_node()
+        number = 0
+
+        def result(node: Node) -> Node:
+            nonlocal number
+            number += 1
+            sharded = self._decisions[node].placement is not None
+            if not (sharded and self._sharding.gathers_outputs):
+                return self._emit.env[node]
+            what = f"output {number - 1}"
+            because = 'outputs="gathered"'
+            self.gathered.append(Gathered(where(node), what, _bytes(node), because))
+            with self._emit.writing_for(node):
+                return self._emit.operand(node, None, by_shards=False)
+
+        args = map_arg(old.args[0], result)
+        self._emit.graph.output(args)
+
+
+def _bytes(node: Node) -> int:
+    value = node.meta["val"]
+    count = 1
+    for size in value.shape:
+        count *= size_hint(size)
+    return int(count * value.element_size())
+
+
+def _make_buckets(nodes: Sequence[Node]) -> list[list[Node]]:
+    """Group parameters so that one all-reduce carries at most 64 MiB or one of them."""
+    buckets: list[list[Node]] = []
+    room = 0
+    for node in nodes:
+        if not buckets or _bytes(node) > room:
+            buckets.append([])
+            room = _BUCKET_BYTES
+        buckets[-1].append(node)
+        room -= _bytes(node)
+    return buckets

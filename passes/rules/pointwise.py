@@ -1,0 +1,54 @@
+"""Ops that compute each element alone, operands broadcast against each other."""
+
+import torch
+
+from ringcompile.passes.dims import Dims, Factors
+from ringcompile.passes.op import Op, shape_of
+from ringcompile.passes.rules.flow import Flow, Link
+from ringcompile.torch_private import sizes_equal
+
+aten = torch.ops.aten
+
+
+def broadcast(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
+    """Align operands at the last dim; a dim of size 1 is broadcast."""
+    shape = shape_of(op.node)
+    out: list[tuple[int, ...]] = [()] * len(shape)
+    links: set[Link] = set()
+    for slot, dims in enumerate(operands):
+        offset = len(shape) - len(dims)
+        sizes = shape_of(op.slots[slot])
+        for d, dim in enumerate(dims):
+            if isinstance(sizes[d], int) and sizes[d] == 1:
+                continue
+            if not sizes_equal(sizes[d], shape[d + offset]):
+                return None
+            if out[d + offset]:
+                factors.unite(out[d + offset], dim)
+            else:
+                out[d + offset] = dim
+            links.add(Link(slot, d, d + offset))
+    return Flow(tuple(out), frozenset(links))
+
+
+def dropout(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
+    """Dropout that drops nothing is the identity; any other is no rule's."""
+    if op.args["p"] == 0 or not op.args["train"]:
+        return broadcast(op, factors, operands)
+    return None
+
+
+# Composite ops that carry no ``pointwise`` tag but are.
+_UNTAGGED = (
+    "to type_as _to_copy contiguous clone alias detach lift_fresh dropout_ float "
+    "silu relu relu6 selu celu mish hardtanh leaky_relu elu gelu softplus logsigmoid "
+    "sigmoid tanh where masked_fill clamp clip pow square rsub true_divide divide "
+    "multiply subtract negative abs absolute __and__ __or__ __xor__ logical_and "
+    "logical_or logical_not not_equal greater greater_equal less less_equal "
+    "zeros_like ones_like full_like nan_to_num addcmul addcdiv lerp floor_divide "
+    "remainder isnan isinf isfinite"
+).split()
+
+RULES = {
+    getattr(aten, name): broadcast for name in _UNTAGGED if hasattr(aten, name)
+} | {aten.dropout: dropout, aten.feature_dropout: dropout}

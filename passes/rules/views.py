@@ -1,0 +1,106 @@
+"""Ops that only rearrange: their dims map one to one, whole factors at a time."""
+
+import torch
+
+from ringcompile.passes.dims import Dims, Factors
+from ringcompile.passes.op import Op, shape_of
+from ringcompile.passes.rules.flow import Flow, Link
+from ringcompile.torch_private import sizes_equal
+
+aten = torch.ops.aten
+
+
+def view(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
+    """Lay the factors end to end and cut them anew."""
+    dims = factors.view(operands[0], shape_of(op.node))
+    where = {factor: d for d, dim in enumerate(dims) for factor in dim}
+    links = {
+        Link(0, d, where[factor])
+        for d, dim in enumerate(operands[0])
+        for factor in dim
+        if factor in where
+    }
+    return Flow(dims, frozenset(links), is_view=True)
+
+
+def expand(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
+    """Repeat dims of size 1; others pass."""
+    shape, sizes = shape_of(op.node), shape_of(op.slots[0])
+    offset = len(shape) - len(sizes)
+    dims = [factors.new(size) for size in shape]
+    links = set()
+    for d, dim in enumerate(operands[0]):
+        if sizes_equal(sizes[d], shape[d + offset]):
+            dims[d + offset] = dim
+            links.add(Link(0, d, d + offset))
+    return Flow(tuple(dims), frozenset(links), sizes="size")
+
+
+def _moved(operands: list[Dims], order: list[int]) -> Flow:
+    """``order[i]`` is the operand dim that becomes result dim ``i``."""
+    dims = operands[0]
+    links = {Link(0, d, i) for i, d in enumerate(order)}
+    return Flow(tuple(dims[d] for d in order), frozenset(links))
+
+
+def permute(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
+    """Reorder dims."""
+    rank = op.rank(0)
+    return _moved(operands, [d % rank for d in op.args["dims"]])
+
+
+def transpose(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
+    """Swap two dims."""
+    order = list(range(op.rank(0)))
+    if order:
+        a, b = op.args["dim0"], op.args["dim1"]
+        order[a], order[b] = order[b], order[a]
+    return _moved(operands, order)
+
+
+def swap_last(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
+    """``t``, ``mT``: swap the last two dims."""
+    order = list(range(op.rank(0)))
+    if len(order) > 1:
+        order[-1], order[-2] = order[-2], order[-1]
+    return _moved(operands, order)
+
+
+def unsqueeze(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
+    """Insert a dim of size 1."""
+    at = op.args["dim"] % (op.rank(0) + 1)
+    dims = list(operands[0])
+    dims.insert(at, ())
+    links = {Link(0, d, d + (d >= at)) for d in range(op.rank(0))}
+    return Flow(tuple(dims), frozenset(links))
+
+
+def squeeze(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
+    """Drop dims of size 1."""
+    if "dim" not in op.args:
+        return None
+    named = op.args["dim"]
+    named = [named] if isinstance(named, int) else named
+    rank, sizes = op.rank(0), shape_of(op.slots[0])
+    gone = {d % rank for d in named if isinstance(sizes[d], int) and sizes[d] == 1}
+    return _moved(operands, [d for d in range(rank) if d not in gone])
+
+
+RULES = {
+    aten.view: view,
+    aten.reshape: view,
+    aten._unsafe_view: view,
+    aten._reshape_alias: view,
+    aten.flatten: view,
+    aten.unflatten: view,
+    aten.expand: expand,
+    aten.permute: permute,
+    aten.transpose: transpose,
+    aten.swapaxes: transpose,
+    aten.swapdims: transpose,
+    aten.t: swap_last,
+    aten.mT: swap_last,
+    aten.numpy_T: swap_last,
+    aten.unsqueeze: unsqueeze,
+    aten.squeeze: squeeze,
+}

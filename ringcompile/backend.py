@@ -1,0 +1,98 @@
+"""The compiler on one page: what ``torch.compile(model, backend="ring")`` does.
+
+A Dynamo graph goes through the passes (find the attentions, read their masks, plan their
+schedules, cut the sequence, rewrite) and then through Inductor, which traces the ring
+loops of ``ringcompile.lowering`` into kernels and transfers. Invariant: a graph that is
+not rewritten is compiled exactly as Inductor would.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from torch.fx import GraphModule
+
+from ringcompile.config import RingOptions
+from ringcompile.lowering.inductor import inductor_patches, sources_hash
+from ringcompile.mesh import Ranks, find_ranks
+from ringcompile.passes.pipeline import Rewritten, run_passes
+from ringcompile.plan.check import check_schedule
+from ringcompile.report.artifacts import emit_artifacts
+from ringcompile.torch_private import compile_with_inductor, mode_patches
+from ringcompile.verify import agree_at_first_call
+
+log = logging.getLogger("ringcompile")
+
+
+def ring(
+    gm: GraphModule,
+    example_inputs: Sequence[object],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, object] | None = None,
+) -> Callable[..., object]:
+    """Compile one Dynamo graph; ``torch.compile`` calls this.
+
+    Args:
+        gm: the graph.
+        example_inputs: its inputs, in placeholder order.
+        mode: Inductor's mode.
+        options: fields of ``RingOptions``.
+
+    Returns:
+        What runs in the graph's place, with its outputs on every rank.
+
+    Raises:
+        OptionError: an option is unknown or not built.
+        UnsupportedAttentionError: something can't be cut and ``unsupported="error"``.
+    """
+    chosen = RingOptions.from_user(options, mode)
+    ranks = find_ranks(chosen.mesh)
+    patches = mode_patches(mode) | chosen.inductor_patches
+    if ranks.is_alone and chosen.attention == "exact":
+        return compile_with_inductor(gm, example_inputs, patches)
+
+    made = _rewrite(gm, example_inputs, chosen, ranks)
+    if not made.attentions:
+        log.warning("no attention to cut in this graph: compiled as Inductor would")
+        return compile_with_inductor(gm, example_inputs, patches)
+
+    compiled = compile_with_inductor(made.gm, example_inputs, inductor_patches(patches))
+    return agree_at_first_call(compiled, made, gm, ranks, timeout_s=chosen.timeout_s)
+
+
+def rewrite(
+    gm: GraphModule,
+    example_inputs: Sequence[object],
+    options: Mapping[str, object] | None = None,
+) -> GraphModule:
+    """Run the passes alone: this rank's graph, runnable eagerly and printable.
+
+    Args:
+        gm: a Dynamo graph; left as it is.
+        example_inputs: its inputs, real or fake, in placeholder order.
+        options: fields of ``RingOptions``.
+
+    Returns:
+        The rewritten graph; an equal one in ATen ops if nothing was to be cut.
+
+    Raises:
+        OptionError: an option is unknown or not built.
+        UnsupportedAttentionError: something can't be cut and ``unsupported="error"``.
+    """
+    chosen = RingOptions.from_user(options)
+    return _rewrite(gm, example_inputs, chosen, find_ranks(chosen.mesh)).gm
+
+
+def _rewrite(
+    gm: GraphModule,
+    example_inputs: Sequence[object],
+    options: RingOptions,
+    ranks: Ranks,
+) -> Rewritten:
+    sources = sources_hash()
+    made = run_passes(gm, example_inputs, options=options, ranks=ranks, sources=sources)
+    if options.verify != "off":
+        for schedule in {a.plan.schedule for a in made.attentions}:
+            check_schedule(schedule)
+    emit_artifacts(made, rank=ranks.rank)
+    return made
