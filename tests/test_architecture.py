@@ -30,7 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "patterns presets plan reference",
         "ops torch_private",
         "passes lowering",
-        "services backend",
+        "services verify backend",
         "report modules __main__ __init__",
     )
 )
