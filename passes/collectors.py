@@ -116,19 +116,19 @@ class _CrossEntropy(Collector):
             return total
         counted = emitter.call(aten.ne.Scalar, target, ignored)
         if op.args["weight"] is None:
-            return emitter.call(aten.div.Tensor, total, emitter.call(aten.sum, counted))
+            return emitter.call(aten.div.Tensor, total, emitter.call(aten.sum.default, counted))
         weight = emitter.env[op.args["weight"]]
         safe = emitter.call(aten.where.ScalarOther, counted, target, 0)
         weights = emitter.call(aten.index.Tensor, weight, [safe])
         weights = emitter.call(aten.mul.Tensor, weights, counted)
-        return emitter.call(aten.div.Tensor, total, emitter.call(aten.sum, weights))
+        return emitter.call(aten.div.Tensor, total, emitter.call(aten.sum.default, weights))
 
 
 _MEAN, _SUM = 1, 2
 
 
 def _is_whole(shard: "Shard") -> bool:
-    return all(isinstance(n, int) and n == 1 for n in (shard.outer, shard.inner))
+    return bool(shard.outer == 1 and shard.inner == 1)
 
 
 _COLLECTORS: dict[Any, Collector] = {

@@ -74,6 +74,7 @@ class Emitter:
         self._spread_inputs: dict[Node, Node] = {}
         self._modes: tuple[str, ...] = ()
         self._meta: dict[str, Any] = {}
+        self._name: str | None = None
         self._needs_grad = _find_grads(old)
 
     # ---- plain calls -----------------------------------------------------------------
@@ -84,13 +85,18 @@ class Emitter:
         self._meta = {k: node.meta[k] for k in _INHERITED if k in node.meta}
         yield
 
+    def name_after(self, node: Node) -> None:
+        """Let the next call be named as the old ``node``, which it stands for."""
+        self._name = node.name
+
     def enter_mode(self, name: str) -> None:
         """Note a change of grad mode or autocast: reshards aren't shared across it."""
         self._modes = (*self._modes, name)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:  # noqa: ANN401
         """Write a call."""
-        node = self.graph.call_function(target, args, kwargs)
+        name, self._name = self._name, None
+        node = self.graph.create_node("call_function", target, args, kwargs, name)
         node.meta.update(self._meta)
         return node
 
@@ -114,11 +120,10 @@ class Emitter:
 
     def size(self, size: Size) -> int | Node:
         """A size as an int, or as a node where it is symbolic."""
-        return (
-            size if isinstance(size, int) else self._expression(size_expression(size))
-        )
+        return self.expression(size_expression(size))
 
-    def _expression(self, e: sympy.Expr) -> int | Node:
+    def expression(self, e: sympy.Expr) -> int | Node:
+        """The value of a size expression, as an int or a node."""
         if e.is_Integer:
             return int(e)
         key = ("size", e)
@@ -129,7 +134,7 @@ class Emitter:
     def _write_expression(self, e: sympy.Expr) -> Node:
         if e.is_Symbol:
             return self._symbol(e)
-        args = [self._expression(a) for a in e.args]
+        args = [self.expression(a) for a in e.args]
         target = _SIZE_OPERATORS.get(type(e).__name__)
         assert target is not None, f"size {e} can't be written into the graph"
         result = args[0]
@@ -170,8 +175,8 @@ class Emitter:
 
     def where_rows(self, rows: Node, x: Node, shard: Shard, *, rank: int) -> Node:
         """``x`` where the bool ``rows`` ``(T,)`` hold, else 0."""
-        if not (shard.outer is 1 and shard.inner is 1):  # noqa: F632
-            sizes = [self.size(shard.outer), -1, self.size(shard.inner)]
+        if shard.outer != 1 or shard.inner != 1:
+            sizes = [self.expression(shard.outer), -1, self.expression(shard.inner)]
             rows = self.call(aten.reshape.default, rows, [1, -1, 1])
             rows = self.call(aten.expand.default, rows, sizes)
         shape = [1] * rank
@@ -201,15 +206,16 @@ class Emitter:
     def cut(self, x: Node, to: Shard, *, fill: object = None) -> Node:
         """This rank's rows of a replicated value."""
         axis = self._axes[to.axis]
-        sides = (self.size(to.outer), self.size(to.inner))
+        sides = (self.expression(to.outer), self.expression(to.inner))
         options = {} if fill is None else {"fill": fill}
         return self.call(SHARD, x, to.dim, *sides, spec=axis.spec, **options)
 
     def join(self, x: Node, shard: Shard) -> Node:
         """The whole of a sharded value."""
         axis = self._axes[shard.axis]
-        sizes = (self.size(n) for n in (axis.length, shard.outer, shard.inner))
-        return self.call(GATHER, x, shard.dim, *sizes, spec=axis.spec)
+        length = self.size(axis.length)
+        sides = (self.expression(shard.outer), self.expression(shard.inner))
+        return self.call(GATHER, x, shard.dim, length, *sides, spec=axis.spec)
 
     def operand(self, node: Node, wanted: Placement, *, by_shards: bool) -> Node:
         """An old node's value as its consumer wants it.

@@ -10,6 +10,7 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import sympy
 from torch.fx import Graph, Node
 
 from ringcompile.errors import ShardingError
@@ -20,7 +21,7 @@ from ringcompile.passes.op import Op, is_float, is_tensor, read_op, shape_of
 from ringcompile.passes.rules import find_rule
 from ringcompile.passes.rules.flow import Flow, Link
 from ringcompile.passes.shadow import where
-from ringcompile.torch_private import sizes_equal
+from ringcompile.torch_private import size_expression, sizes_equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +31,15 @@ class Shard:
     Attributes:
         axis: number of the sequence axis.
         dim: the dim that is cut.
-        outer: size of what stands before the sequence in that dim, 1 if nothing.
+        outer: size of what stands before the sequence in that dim, 1 if nothing; an
+            expression, since sizes may be symbolic and must be compared without a guard.
         inner: size of what stands behind it.
     """
 
     axis: int
     dim: int
-    outer: Size = 1
-    inner: Size = 1
+    outer: sympy.Expr = sympy.S.One
+    inner: sympy.Expr = sympy.S.One
 
     def __str__(self) -> str:
         return f"shard({self.dim})"
@@ -259,9 +261,10 @@ class _Decider:
                 found.append(Shard(number, d, outer, inner))
         return found
 
-    def _sides(self, dim: Dim, place: int) -> tuple[Size, Size]:
+    def _sides(self, dim: Dim, place: int) -> tuple[sympy.Expr, sympy.Expr]:
+        before, after = dim[:place], dim[place + 1 :]
         product = self._factors.product
-        return product(dim[:place]), product(dim[place + 1 :])
+        return size_expression(product(before)), size_expression(product(after))
 
 
 def _leads(link: Link, slot: int, result_dim: int) -> bool:

@@ -16,7 +16,7 @@ from ringcompile.passes.emitter import AxisLayout, Emitter
 from ringcompile.passes.op import Op, read_op, shape_of
 from ringcompile.passes.propagate_layout import Decision, Placements, Shard
 from ringcompile.passes.shadow import where
-from ringcompile.torch_private import AUTOCAST_CALLS, SET_GRAD_ENABLED, size_hint
+from ringcompile.torch_private import AUTOCAST_CALLS, SET_GRAD_ENABLED, size_expression, size_hint
 
 aten = torch.ops.aten
 
@@ -152,6 +152,7 @@ class _Writer:
         ]
         if decision.collector is not None:
             return decision.collector.emit(emit, op, operands)
+        emit.name_after(node)
         if node.target is RING_ATTENTION:
             args = op.with_slots(operands) | {"plan": self._plans[node]}
             return emit.call_op(op, self._map_sizes(args))
@@ -176,7 +177,8 @@ class _Writer:
 
     def _local_size(self, shard: Shard) -> int | Node:
         axis = self._sharding.axes[shard.axis]
-        return self._emit.size(shard.outer * axis.shard_size * shard.inner)
+        local = size_expression(axis.shard_size)
+        return self._emit.expression(shard.outer * local * shard.inner)
 
     def _map_sizes(self, args: dict[str, Argument]) -> dict[str, Argument]:
         """Old nodes that are no tensors (sizes, scalars) become their new ones."""

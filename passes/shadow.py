@@ -68,7 +68,7 @@ def _carry_over_placeholders(
     old = gm.graph.find_nodes(op="placeholder")
     new = shadow.graph.find_nodes(op="placeholder")
     for before, after, value in zip(old, new, example_inputs, strict=True):
-        after.meta["source"] = before.name
+        after._rename(before.name)  # noqa: SLF001 - no public way keeps names unique
         after.meta["is_parameter"] = isinstance(value, nn.Parameter)
         after.meta["requires_grad"] = isinstance(value, Tensor) and value.requires_grad
 
