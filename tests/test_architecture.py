@@ -12,6 +12,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import networkx as nx
@@ -334,3 +335,11 @@ def test_no_backups_of_expected_texts() -> None:
         for path in (ROOT / folder).rglob("*.bak")
     ]
     assert found == []
+
+
+def test_every_test_file_is_collected(pytestconfig: pytest.Config) -> None:
+    skipped = pytestconfig.getini("norecursedirs")
+    files = [path.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py")]
+    assert [
+        f for f in files if any(fnmatch(p, s) for p in f.parts for s in skipped)
+    ] == []
