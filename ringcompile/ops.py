@@ -21,6 +21,7 @@ LIBRARY = torch.library.Library("ringcompile", "DEF")
 #   hop, all_gather, all_reduce  start communication, `_c10d_functional.wait_tensor`
 #                   ends it. `deps` only order; dst or src = -1: no peer, no rows.
 #   keep, touch     copies of x that make `deps` needed; `keep` is saved for backward.
+#   row_table       rows of a shard that take part, (heads, n) int64, -1 for no row.
 #   masked_attention  one tile. Positions are (H or 1, n) and (G or 1, m) int64 with -1
 #                   for no row, `mask` is text of a `Mask`. out and lse are float32, or
 #                   float64 for float64. The backward takes the merged out and lse.
@@ -42,6 +43,8 @@ all_reduce(Tensor[] xs, int tag, str group_name, float timeout_s) -> Tensor[];
 
 keep(Tensor x, Tensor[] deps) -> Tensor;
 touch(Tensor x, Tensor[] deps) -> Tensor;
+
+row_table(str spec, *, Device device) -> Tensor;
 
 masked_attention(Tensor q, Tensor k, Tensor v, Tensor q_pos, Tensor k_pos,
     Tensor[] captures, *, str mask, float scale) -> (Tensor out, Tensor lse);
@@ -65,6 +68,7 @@ ALL_GATHER = _OPS.all_gather.default
 ALL_REDUCE = _OPS.all_reduce.default
 KEEP = _OPS.keep.default
 TOUCH = _OPS.touch.default
+ROW_TABLE = _OPS.row_table.default
 MASKED_ATTENTION = _OPS.masked_attention.default
 MASKED_ATTENTION_BACKWARD = _OPS.masked_attention_backward.default
 
