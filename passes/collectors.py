@@ -96,7 +96,7 @@ class _CrossEntropy(Collector):
         return (
             shard is not None
             and shard.dim == 0
-            and len(shape_of(logits)) == 2
+            and len(shape_of(logits)) == _MATRIX
             and not is_float(target)
             and op.args["reduction"] in (_MEAN, _SUM)
         )
@@ -114,17 +114,22 @@ class _CrossEntropy(Collector):
         total = emitter.reduce(emitter.call_op(op, args))
         if op.args["reduction"] == _SUM:
             return total
-        counted = emitter.call(aten.ne.Scalar, target, ignored)
+        return emitter.call(aten.div.Tensor, total, self._count(emitter, op, target))
+
+    def _count(self, emitter: "Emitter", op: Op, target: Node) -> Node:
+        """What the sum is divided by: targets that count, by their class weights."""
+        call = emitter.call
+        counted = call(aten.ne.Scalar, target, op.args["ignore_index"])
         if op.args["weight"] is None:
-            return emitter.call(aten.div.Tensor, total, emitter.call(aten.sum.default, counted))
+            return call(aten.sum.default, counted)
         weight = emitter.env[op.args["weight"]]
-        safe = emitter.call(aten.where.ScalarOther, counted, target, 0)
-        weights = emitter.call(aten.index.Tensor, weight, [safe])
-        weights = emitter.call(aten.mul.Tensor, weights, counted)
-        return emitter.call(aten.div.Tensor, total, emitter.call(aten.sum.default, weights))
+        safe = call(aten.where.ScalarOther, counted, target, 0)
+        weights = call(aten.index.Tensor, weight, [safe])
+        return call(aten.sum.default, call(aten.mul.Tensor, weights, counted))
 
 
 _MEAN, _SUM = 1, 2
+_MATRIX = 2
 
 
 def _is_whole(shard: "Shard") -> bool:

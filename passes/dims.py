@@ -48,8 +48,10 @@ class Factors:
         """Say that two dims of the same size are the same, where both are cut alike."""
         if len(a) != len(b):
             return
-        if all(sizes_equal(self.sizes[x], self.sizes[y]) for x, y in zip(a, b)):
-            for x, y in zip(a, b):
+        if all(
+            sizes_equal(self.sizes[x], self.sizes[y]) for x, y in zip(a, b, strict=True)
+        ):
+            for x, y in zip(a, b, strict=True):
                 self._parent[self.find(y)] = self.find(x)
 
     def place_of(self, dims: Dims, axis: int) -> list[tuple[int, int]]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import sympy
 import torch
-from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from ringcompile.ir.layout import Layout
@@ -102,9 +101,8 @@ class Emitter:
 
     def call_op(self, op: Op, args: dict[str, Any]) -> Node:
         """Write the same op with other arguments."""
-        assert isinstance(op.node.target, OpOverload), "an op of a library"
-        positional, keyword = call_arguments(op.node.target, args)
-        return self.call(op.node.target, *positional, **keyword)
+        positional, keyword = call_arguments(op.overload, args)
+        return self.call(op.overload, *positional, **keyword)
 
     def cast(self, x: Node, dtype: torch.dtype) -> Node:
         """Cast; free where the dtype is right already."""

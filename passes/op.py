@@ -17,17 +17,22 @@ class Op:
 
     Attributes:
         node: the call.
-        packet: the op without its overload, which rules are found by.
+        overload: the op that is called.
         args: every argument by its schema name, defaults filled in.
         slots: the tensor operands, one per occurrence, in schema order.
         slot_names: the argument that each slot stands in.
     """
 
     node: Node
-    packet: OpOverloadPacket
+    overload: OpOverload
     args: dict[str, Any]
     slots: tuple[Node, ...]
     slot_names: tuple[str, ...]
+
+    @property
+    def packet(self) -> OpOverloadPacket:
+        """The op without its overload, which rules are found by."""
+        return self.overload.overloadpacket
 
     def slot(self, name: str) -> int | None:
         """The slot of a single-tensor argument; None when it isn't given."""
@@ -50,7 +55,7 @@ def read_op(node: Node) -> Op | None:
     if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return None
     args: dict[str, Any] = {}
-    for position, argument in enumerate(node.target._schema.arguments):
+    for position, argument in enumerate(schema_of(node.target).arguments):
         if argument.name in node.kwargs:
             args[argument.name] = node.kwargs[argument.name]
         elif position < len(node.args):
@@ -63,14 +68,19 @@ def read_op(node: Node) -> Op | None:
         before = len(slots)
         _map_tensors(value, _append(slots))
         names += [name] * (len(slots) - before)
-    return Op(node, node.target.overloadpacket, args, tuple(slots), tuple(names))
+    return Op(node, node.target, args, tuple(slots), tuple(names))
+
+
+def schema_of(target: OpOverload) -> torch.FunctionSchema:
+    """The op's schema: argument names, defaults, what it writes."""
+    return target._schema  # noqa: SLF001 - torch has no public name for it
 
 
 def call_arguments(
     target: OpOverload, args: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of a call, from arguments by name."""
-    schema = target._schema.arguments
+    schema = schema_of(target).arguments
     positional = tuple(args[a.name] for a in schema if not a.kwarg_only)
     keyword = {
         a.name: args[a.name]

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ringcompile.passes.find_attention import find_attention
+from ringcompile.plan.choose import choose_layout
 from torch import SymInt
 from torch.fx import GraphModule, Node
 
@@ -23,7 +25,6 @@ from ringcompile.ir.schedule import Schedule, Selection
 from ringcompile.ir.text import format_plan
 from ringcompile.mesh import Ranks
 from ringcompile.passes.emitter import AxisLayout
-from ringcompile.passes.find_attention import find_attention
 from ringcompile.passes.op import shape_of
 from ringcompile.passes.propagate_layout import Placements, propagate_layout
 from ringcompile.passes.raise_attention import raise_attention
@@ -31,7 +32,6 @@ from ringcompile.passes.regions import Refusal, Region
 from ringcompile.passes.rewrite import Gathered, Sharding, rewrite
 from ringcompile.passes.shadow import trace_shadow
 from ringcompile.passes.text import format_graph
-from ringcompile.plan.choose import choose_layout
 from ringcompile.plan.coverage import DependsOnLength
 from ringcompile.plan.stages import build_schedule
 from ringcompile.torch_private import observe_pass, size_hint

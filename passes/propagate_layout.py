@@ -1,9 +1,10 @@
-"""Decide for every node whether its value is sharded, and what it needs of its operands.
+"""Decide where every value lies, and what each op needs of its operands.
 
-Reads the graph, edits nothing. The sequence axes are the factors of the attentions' Q;
-every float value that has one is sharded along it where a rule proves its op local.
-Integers, and what is computed from them alone, stay replicated. An op that no rule knows
-runs replicated on gathered operands. Invariant: a replicated value is equal on all ranks.
+Reads the graph, edits nothing. The sequence axes are the factors of the attentions'
+Q; every float value that has one is sharded along it where a rule proves its op local.
+Integers, and what is computed from them alone, stay replicated. An op that no rule
+knows runs replicated on gathered operands. Invariant: a replicated value is equal on
+all ranks.
 """
 
 import operator
@@ -17,7 +18,14 @@ from ringcompile.errors import ShardingError
 from ringcompile.ops import RING_ATTENTION
 from ringcompile.passes.collectors import Collector, find_collector
 from ringcompile.passes.dims import Dim, Dims, Factors, Size
-from ringcompile.passes.op import Op, is_float, is_tensor, read_op, shape_of
+from ringcompile.passes.op import (
+    Op,
+    is_float,
+    is_tensor,
+    read_op,
+    schema_of,
+    shape_of,
+)
 from ringcompile.passes.rules import find_rule
 from ringcompile.passes.rules.flow import Flow, Link
 from ringcompile.passes.shadow import where
@@ -32,7 +40,7 @@ class Shard:
         axis: number of the sequence axis.
         dim: the dim that is cut.
         outer: size of what stands before the sequence in that dim, 1 if nothing; an
-            expression, since sizes may be symbolic and must be compared without a guard.
+            expression: sizes may be symbolic, and comparing those adds guards.
         inner: size of what stands behind it.
     """
 
@@ -246,7 +254,7 @@ class _Decider:
     def _align(
         self, node: Node, linked: Iterable[int], result_node: Node, result: Shard
     ) -> Placement:
-        """An operand that doesn't show the axis but spans it is cut as the result is."""
+        """An operand that spans the axis unseen is cut as the result is."""
         size = shape_of(result_node)[result.dim]
         for d in linked:
             if sizes_equal(shape_of(node)[d], size):
@@ -273,7 +281,7 @@ def _leads(link: Link, slot: int, result_dim: int) -> bool:
 
 def _check_mutation(op: Op, current: list[Placement], decision: Decision) -> None:
     """An op that writes its operand must find it where it lies."""
-    schema = op.node.target._schema  # type: ignore[union-attr]  # noqa: SLF001
+    schema = schema_of(op.overload)
     if not schema.is_mutable:
         return
     for slot, name in enumerate(op.slot_names):

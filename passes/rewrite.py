@@ -16,7 +16,12 @@ from ringcompile.passes.emitter import AxisLayout, Emitter
 from ringcompile.passes.op import Op, read_op, shape_of
 from ringcompile.passes.propagate_layout import Decision, Placements, Shard
 from ringcompile.passes.shadow import where
-from ringcompile.torch_private import AUTOCAST_CALLS, SET_GRAD_ENABLED, size_expression, size_hint
+from ringcompile.torch_private import (
+    AUTOCAST_CALLS,
+    SET_GRAD_ENABLED,
+    size_expression,
+    size_hint,
+)
 
 aten = torch.ops.aten
 
@@ -168,7 +173,7 @@ class _Writer:
             sizes[shard.dim] = -1
             return emit.call(aten.reshape.default, operands[0], sizes)
         if flow.sizes is not None:
-            sizes = list(args[flow.sizes])
+            sizes = [*args[flow.sizes]]  # type: ignore[misc]
             sizes[shard.dim] = (
                 -1 if operands and not flow.is_constant else self._local_size(shard)
             )

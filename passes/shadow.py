@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.fx.traceback as fx_traceback
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node

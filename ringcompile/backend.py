@@ -1,9 +1,9 @@
 """The compiler on one page: what ``torch.compile(model, backend="ring")`` does.
 
-A Dynamo graph goes through the passes (find the attentions, read their masks, plan their
-schedules, cut the sequence, rewrite) and then through Inductor, which traces the ring
-loops of ``ringcompile.lowering`` into kernels and transfers. Invariant: a graph that is
-not rewritten is compiled exactly as Inductor would.
+A Dynamo graph goes through the passes (find the attentions, read their masks, plan
+their schedules, cut the sequence, rewrite) and then through Inductor, which traces the
+ring loops of ``ringcompile.lowering`` into kernels and transfers. Invariant: a graph
+that is not rewritten is compiled exactly as Inductor would.
 """
 
 import logging

@@ -4,7 +4,6 @@ Invariant: the check is one collective at the first call of a graph, and nothing
 """
 
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist

@@ -1,8 +1,8 @@
 """Rules: how each class of ops passes dims on, and so what runs on shards as it is.
 
-A rule maps an op and the dims of its operands to a ``Flow``: the dims of its result and
-the *links*, pairs of operand dim and result dim along which the op is local:
-``op(x)[shard] == op(x[shard])``. Invariant: a dim without a link is never sharded there.
+A rule maps an op and the dims of its operands to a ``Flow``: the dims of its result
+and the *links*, pairs of operand dim and result dim along which the op is local:
+``op(x)[shard] == op(x[shard])``. Invariant: a dim without a link is never sharded.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def find_rule(op: Op) -> Rule | None:
     rule = RULES.get(op.packet)
     if rule is not None:
         return rule
-    tags = op.node.target.tags  # type: ignore[union-attr]
+    tags = op.overload.tags
     if torch.Tag.nondeterministic_seeded in tags:
         return None
     return pointwise.broadcast if torch.Tag.pointwise in tags else None

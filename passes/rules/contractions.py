@@ -9,16 +9,18 @@ from ringcompile.torch_private import sizes_equal
 
 aten = torch.ops.aten
 
+_MATRIX = 2
+
 
 def linear(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
     """``(..., I) x (O, I) + (O,)``."""
-    if len(operands[1]) != 2:
+    if len(operands[1]) != _MATRIX:
         return None
     x, weight = operands[0], operands[1]
     factors.unite(weight[1], x[-1])
     last = len(x) - 1
     links = {Link(0, d, d) for d in range(last)} | {Link(1, 0, last)}
-    if len(operands) == 3:
+    if "bias" in op.slot_names:
         factors.unite(weight[0], operands[2][0])
         links.add(Link(2, 0, last))
     return Flow((*x[:-1], weight[0]), frozenset(links))
@@ -48,7 +50,7 @@ def _product(
     op: Op, factors: Factors, operands: list[Dims], *, slots: tuple[int, int]
 ) -> Flow | None:
     left, right = (operands[s] for s in slots)
-    if len(left) < 2 or len(right) < 2:
+    if min(len(left), len(right)) < _MATRIX:
         return None
     factors.unite(left[-1], right[-2])
     shape = shape_of(op.node)

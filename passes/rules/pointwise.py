@@ -23,9 +23,8 @@ def broadcast(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
                 continue
             if not sizes_equal(sizes[d], shape[d + offset]):
                 return None
-            if out[d + offset]:
-                factors.unite(out[d + offset], dim)
-            else:
+            factors.unite(out[d + offset], dim)
+            if len(dim) > len(out[d + offset]):  # the finer cut shows more
                 out[d + offset] = dim
             links.add(Link(slot, d, d + offset))
     return Flow(tuple(out), frozenset(links))
@@ -39,16 +38,19 @@ def dropout(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
 
 
 # Composite ops that carry no ``pointwise`` tag but are.
+# fmt: off
 _UNTAGGED = (
-    "to type_as _to_copy contiguous clone alias detach lift_fresh dropout_ float "
-    "silu relu relu6 selu celu mish hardtanh leaky_relu elu gelu softplus logsigmoid "
-    "sigmoid tanh where masked_fill clamp clip pow square rsub true_divide divide "
-    "multiply subtract negative abs absolute __and__ __or__ __xor__ logical_and "
-    "logical_or logical_not not_equal greater greater_equal less less_equal "
-    "zeros_like ones_like full_like nan_to_num addcmul addcdiv lerp floor_divide "
-    "remainder isnan isinf isfinite"
-).split()
+    "to", "type_as", "_to_copy", "contiguous", "clone", "alias", "detach",
+    "lift_fresh", "silu", "relu", "relu6", "selu", "celu", "mish", "hardtanh",
+    "leaky_relu", "elu", "gelu", "softplus", "where", "masked_fill",
+    "clamp", "clip", "square", "rsub", "true_divide", "divide", "multiply",
+    "subtract", "negative", "absolute", "__and__", "__or__", "__xor__",
+    "logical_and", "logical_or", "logical_not", "not_equal", "greater",
+    "greater_equal", "less", "less_equal", "zeros_like", "ones_like", "full_like",
+)
+# fmt: on
 
-RULES = {
-    getattr(aten, name): broadcast for name in _UNTAGGED if hasattr(aten, name)
-} | {aten.dropout: dropout, aten.feature_dropout: dropout}
+RULES = {getattr(aten, name): broadcast for name in _UNTAGGED} | {
+    aten.dropout: dropout,
+    aten.feature_dropout: dropout,
+}

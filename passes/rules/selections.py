@@ -1,4 +1,4 @@
-"""Ops that treat some dims whole (norms, softmax, sums, cat, slices) and pass the rest."""
+"""Ops that treat some dims whole (norms, softmax, sums, slices) and pass the rest."""
 
 from collections.abc import Callable, Iterable
 
@@ -68,8 +68,7 @@ def cat(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
 
 
 def _is_empty(node: Node) -> bool:
-    shape = shape_of(node)
-    return len(shape) == 1 and isinstance(shape[0], int) and shape[0] == 0
+    return shape_of(node) == (0,)
 
 
 def norm(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
@@ -80,7 +79,7 @@ def norm(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
 
 
 def reduction(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
-    """Sum, mean, amax...: the named dims vanish (``max`` of two tensors is pointwise)."""
+    """Sum, mean, amax: the named dims vanish. ``max`` of two tensors is pointwise."""
     if "other" in op.args:
         return broadcast(op, factors, operands)
     rank = op.rank(0)
@@ -157,9 +156,9 @@ def creation(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
 
 RULES = {
     aten.softmax: along("dim"),
-    aten._softmax: along("dim"),
+    aten._softmax: along("dim"),  # noqa: SLF001
     aten.log_softmax: along("dim"),
-    aten._log_softmax: along("dim"),
+    aten._log_softmax: along("dim"),  # noqa: SLF001
     aten.cumsum: along("dim"),
     aten.cumprod: along("dim"),
     aten.diff: lambda op, f, o: along("dim")(op, f, o) if len(o) == 1 else None,

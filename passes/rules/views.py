@@ -53,7 +53,7 @@ def transpose(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
     """Swap two dims."""
     order = list(range(op.rank(0)))
     if order:
-        a, b = op.args["dim0"], op.args["dim1"]
+        _, a, b = op.args.values()
         order[a], order[b] = order[b], order[a]
     return _moved(operands, order)
 
@@ -89,8 +89,8 @@ def squeeze(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
 RULES = {
     aten.view: view,
     aten.reshape: view,
-    aten._unsafe_view: view,
-    aten._reshape_alias: view,
+    aten._unsafe_view: view,  # noqa: SLF001
+    aten._reshape_alias: view,  # noqa: SLF001
     aten.flatten: view,
     aten.unflatten: view,
     aten.expand: expand,
