@@ -8,7 +8,6 @@ runs of all ranks are a permutation of the padded positions.
 
 from dataclasses import dataclass
 
-import sympy
 import torch
 from torch import Tensor
 
@@ -27,14 +26,6 @@ class Run:
     start: Edge
     stride: int
 
-    def first(self, chunk: "int | sympy.Expr") -> "int | sympy.Expr":
-        """The first position, for chunk length ``chunk``."""
-        return self.start[0] * chunk + self.start[1]
-
-    def last(self, chunk: "int | sympy.Expr") -> "int | sympy.Expr":
-        """The last position, for chunk length ``chunk``."""
-        return self.first(chunk) + self.stride * (chunk - 1)
-
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -50,13 +41,12 @@ class Layout:
 
     def __post_init__(self) -> None:
         if self.name not in LAYOUTS:
-            text = format_error(
+            raise OptionError(
                 f"layout={self.name!r}",
                 at="options",
                 because="no such layout",
                 instead=f"one of {', '.join(LAYOUTS)}",
             )
-            raise OptionError(text)
         assert self.cp_size >= 1, "a layout needs at least one rank"
 
     @property

@@ -3,18 +3,33 @@
 A mask is a sympy Boolean over ``b`` (batch), ``h`` (query head), ``q`` and ``k``
 (global positions in the user's order) and *captures*: small tensors known at run time,
 written as ``c0(b, k)``. Invariant: every atom is ``e >= 0``, ``e == 0`` or ``e != 0``
-with an integer-valued ``e``, so that equal masks read alike.
+with an integer-valued ``e`` in the normal form of ``ir.sums``, and no conjunct is
+implied by another of the same linear form, so that equal masks read alike.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import reduce
+from functools import lru_cache, reduce
 
 import sympy
 import torch
-from sympy.logic.boolalg import Boolean, BooleanFalse, BooleanTrue
+from sympy.core.function import AppliedUndef
+from sympy.logic.boolalg import Boolean
+from sympy.printing.str import StrPrinter
 from torch import Tensor
+
+from ringcompile.ir.sums import (
+    canonical_sum,
+    clear_denominators,
+    find_bounds,
+    floor_divide,
+    join_terms,
+    split_extremum,
+    split_floor,
+    split_terms,
+)
 
 B, H, Q, K = sympy.symbols("b h q k", integer=True, nonnegative=True)
 TRUE: Boolean = sympy.true
@@ -50,10 +65,10 @@ class Mask:
     def __and__(self, other: "Mask | Boolean") -> "Mask":
         """Both; the captures of ``other`` must already be numbered for this mask."""
         if isinstance(other, Boolean):
-            return replace(self, keeps=sympy.And(self.keeps, other))
+            return replace(self, keeps=conjunction(self.keeps, other))
         return replace(
             self,
-            keeps=sympy.And(self.keeps, other.keeps),
+            keeps=conjunction(self.keeps, other.keeps),
             num_captures=max(self.num_captures, other.num_captures),
         )
 
@@ -61,33 +76,235 @@ class Mask:
         return format_predicate(self.keeps)
 
 
+# Atoms. sympy's own evaluation is off: it would try to solve them.
+
+
 def at_least_zero(e: sympy.Expr) -> Boolean:
     """``e >= 0``, canonical."""
-    return sympy.Ge(sympy.expand(e), 0)
+    e = clear_denominators(sympy.sympify(e))[0]
+    if split := split_extremum(e):
+        join = disjunction if split.is_greatest else conjunction
+        return join(at_least_zero(split.first), at_least_zero(split.second))
+    return _at_least_zero(canonical_sum(e))
+
+
+@lru_cache(maxsize=4096)
+def _at_least_zero(e: sympy.Expr) -> Boolean:
+    terms, constant = split_terms(e)
+    common = math.gcd(*terms.values()) or 1
+    terms = {t: c // common for t, c in terms.items()}
+    constant //= common
+    e = join_terms(terms, constant)
+    low, high = find_bounds(e)
+    if low is not None and low >= 0:
+        return TRUE
+    if high is not None and high < 0:
+        return FALSE
+    floors = [t for t in terms if isinstance(t, sympy.floor)]
+    if len(terms) == len(floors) == 1:
+        x, n = split_floor(floors[0])
+        sign = terms[floors[0]]
+        return at_least_zero(sign * x + constant * n + (n - 1 if sign < 0 else 0))
+    common = math.gcd(*(terms[t] for t in floors))
+    if common > 1 and not any(isinstance(t, sympy.Mod) for t in terms):
+        # x + n F >= 0 iff floor(x / n) + F >= 0.
+        whole = join_terms({t: terms.pop(t) // common for t in floors}, 0)
+        return at_least_zero(floor_divide(join_terms(terms, constant), common) + whole)
+    return sympy.GreaterThan(e, 0, evaluate=False)
 
 
 def equals_zero(e: sympy.Expr) -> Boolean:
     """``e == 0``, canonical in sign."""
-    e = sympy.expand(e)
-    return sympy.Eq(-e if e.could_extract_minus_sign() else e, 0)
+    e = clear_denominators(sympy.sympify(e))[0]
+    if split := split_extremum(e):
+        return disjunction(
+            conjunction(at_least_zero(split.when), equals_zero(split.first)),
+            conjunction(at_least_zero(-split.when - 1), equals_zero(split.second)),
+        )
+    return _equals_zero(canonical_sum(e))
+
+
+@lru_cache(maxsize=4096)
+def _equals_zero(e: sympy.Expr) -> Boolean:
+    terms, constant = split_terms(e)
+    common = math.gcd(*terms.values()) or 1
+    if constant % common:
+        return FALSE
+    terms = {t: c // common for t, c in terms.items()}
+    constant //= common
+    low, high = find_bounds(join_terms(terms, constant))
+    if not terms or (low is not None and low > 0) or (high is not None and high < 0):
+        return TRUE if low == high == 0 else FALSE
+    if all(isinstance(t, sympy.Mod) for t in terms):
+        remainder = _as_one_remainder(terms, constant)
+        if remainder is not None:
+            return _is_multiple(*remainder)
+    if len(terms) == 1 and isinstance(next(iter(terms)), sympy.floor):
+        (f,) = terms
+        x, n = split_floor(f)
+        x += constant * terms[f] * n
+        return conjunction(at_least_zero(x), at_least_zero(n - 1 - x))
+    e = join_terms(terms, constant)
+    return sympy.Equality(-e if e.could_extract_minus_sign() else e, 0, evaluate=False)
+
+
+def _as_one_remainder(
+    terms: dict[sympy.Expr, int], constant: int
+) -> tuple[sympy.Expr, int] | None:
+    """``(x, n)`` where the sum is 0 iff ``Mod(x, n)`` is; None if there is no such."""
+    (a, *others) = terms
+    n = int(a.args[1])
+    if not others:
+        return a.args[0] + constant * terms[a], n
+    (b,) = others if len(others) == 1 else (None,)
+    if b is None or constant or terms[a] != -terms[b] or b.args[1] != n:
+        return None
+    return a.args[0] - b.args[0], n
+
+
+def _is_multiple(x: sympy.Expr, n: int) -> Boolean:
+    """``n`` divides ``x``, canonical in the sign and the size of coefficients."""
+    terms, constant = split_terms(canonical_sum(x))
+    terms = {t: c % n for t, c in terms.items() if c % n}
+    common = math.gcd(n, *terms.values())
+    if constant % common:
+        return FALSE
+    n //= common
+    if n == 1:
+        return TRUE
+    ways = []
+    for sign in (1, -1):
+        reduced = {t: _nearest(sign * c // common, n) for t, c in terms.items()}
+        ways.append(join_terms(reduced, sign * constant // common % n))
+    x = min(ways, key=lambda way: (way.could_extract_minus_sign(), str(way)))
+    return sympy.Equality(sympy.Mod(x, n, evaluate=False), 0, evaluate=False)
+
+
+def _nearest(c: int, n: int) -> int:
+    """The remainder of ``c`` by ``n`` that is nearest to 0."""
+    return (c + (n - 1) // 2) % n - (n - 1) // 2
 
 
 def negate(p: Boolean) -> Boolean:
     """Not ``p``, with the negation pushed into integer atoms."""
-    if isinstance(p, (BooleanTrue, BooleanFalse)):
+    if p in {TRUE, FALSE}:
         return sympy.Not(p)
     if isinstance(p, sympy.Ge):
         return at_least_zero(-p.lhs - 1)
     if isinstance(p, sympy.Eq):
-        return sympy.Ne(p.lhs, 0)
+        return sympy.Unequality(p.lhs, 0, evaluate=False)
     if isinstance(p, sympy.Ne):
-        return sympy.Eq(p.lhs, 0)
-    if isinstance(p, sympy.And):
-        return sympy.Or(*map(negate, p.args))
-    if isinstance(p, sympy.Or):
-        return sympy.And(*map(negate, p.args))
-    assert isinstance(p, sympy.Not), f"not a mask predicate: {p}"
-    return p.args[0]
+        return sympy.Equality(p.lhs, 0, evaluate=False)
+    assert isinstance(p, (sympy.And, sympy.Or)), f"not a mask predicate: {p}"
+    join = sympy.Or if isinstance(p, sympy.And) else sympy.And
+    return join(*map(negate, p.args))
+
+
+_RELATIONS: dict[type, Callable[[sympy.Expr], Boolean]] = {
+    sympy.Ge: at_least_zero,
+    sympy.Le: lambda e: at_least_zero(-e),
+    sympy.Lt: lambda e: negate(at_least_zero(e)),
+    sympy.Gt: lambda e: negate(at_least_zero(-e)),
+    sympy.Eq: equals_zero,
+    sympy.Ne: lambda e: negate(equals_zero(e)),
+}
+
+
+def canonicalize(p: Boolean) -> Boolean:
+    """The normal form of any sympy Boolean over integer expressions."""
+    if p in {TRUE, FALSE}:
+        return p
+    if type(p) in _RELATIONS:
+        return _RELATIONS[type(p)](p.lhs - p.rhs)
+    args = [canonicalize(a) for a in p.args]
+    if isinstance(p, sympy.Not):
+        return negate(args[0])
+    if isinstance(p, (sympy.And, sympy.Or)):
+        join = conjunction if isinstance(p, sympy.And) else disjunction
+        return join(*args)
+    assert isinstance(p, sympy.ITE), f"not a mask predicate: {p}"
+    when, then, other = args
+    return disjunction(conjunction(when, then), conjunction(negate(when), other))
+
+
+# Joins.
+
+
+def conjunction(*predicates: Boolean) -> Boolean:
+    """All of them: bounds of one linear form joined, what others decide left out."""
+    atoms: set[Boolean] = set()
+    for p in predicates:
+        atoms.update(conjuncts(p))
+    bounds = _join_bounds(a for a in atoms if isinstance(a, sympy.Ge))
+    if bounds is None or FALSE in atoms:
+        return FALSE
+    known = {a for a in atoms if isinstance(a, (sympy.Eq, sympy.Ne))} | bounds
+    if any(negate(a) in known for a in known if not isinstance(a, sympy.Ge)):
+        return FALSE
+    open_ = {_drop_decided(a, known) for a in atoms if isinstance(a, sympy.Or)}
+    if any(not isinstance(a, sympy.Or) for a in open_):
+        return conjunction(*known, *open_)
+    absorbed = {a for a in open_ if any(set(o.args) < set(a.args) for o in open_)}
+    return sympy.And(*known, *(open_ - absorbed))
+
+
+def disjunction(*predicates: Boolean) -> Boolean:
+    """Any of them, in the same normal form: the negation of a conjunction."""
+    return negate(conjunction(*map(negate, predicates)))
+
+
+def _join_bounds(atoms: Iterable[Boolean]) -> set[Boolean] | None:
+    """The tightest bounds of each linear form; None if they exclude each other."""
+    least: dict[sympy.Expr, int] = {}
+    for atom in atoms:
+        terms, constant = split_terms(atom.lhs)
+        form = join_terms(terms, 0)
+        least[form] = min(constant, least.get(form, constant))
+    out = set()
+    for form, constant in least.items():
+        slack = constant + least.get(-form, -constant + 1)
+        if slack < 0:
+            return None
+        exact = slack == 0 and -form in least
+        out.add((equals_zero if exact else at_least_zero)(form + constant))
+    return out
+
+
+def _drop_decided(p: Boolean, known: set[Boolean]) -> Boolean:
+    """What is left of an Or where every predicate of ``known`` holds."""
+    left = []
+    for choice in p.args:
+        rest = [a for a in conjuncts(choice) if not _implies(known, a)]
+        if not rest:
+            return TRUE
+        if not any(_implies(known, negate(a)) for a in rest):
+            left.append(sympy.And(*rest))
+    return disjunction(*left) if len(left) < len(p.args) else sympy.Or(*left)
+
+
+def _implies(known: set[Boolean], atom: Boolean) -> bool:
+    """Whether one of ``known`` makes ``atom`` true."""
+    if atom in known:
+        return True
+    if not isinstance(atom, sympy.Ge):
+        return False
+    terms, constant = split_terms(atom.lhs)
+    for other in known:
+        if isinstance(other, sympy.Ge):
+            other_terms, other_constant = split_terms(other.lhs)
+            if other_terms == terms and other_constant <= constant:
+                return True
+    return False
+
+
+def conjuncts(p: Boolean) -> tuple[Boolean, ...]:
+    """The predicates whose conjunction ``p`` is, in canonical order."""
+    if p == TRUE:
+        return ()
+    return tuple(p.args) if isinstance(p, sympy.And) else (p,)
+
+
+# The masks that models spell most.
 
 
 def capture(index: int, *at: sympy.Expr) -> sympy.Expr:
@@ -104,7 +321,7 @@ def window(left: int = -1, right: int = -1) -> Boolean:
     """Keys at most ``left`` tokens before and ``right`` after; -1 means no limit."""
     before = TRUE if left < 0 else at_least_zero(K - Q + left)
     after = TRUE if right < 0 else at_least_zero(Q - K + right)
-    return sympy.And(before, after)
+    return conjunction(before, after)
 
 
 def prefix(length: int) -> Boolean:
@@ -119,7 +336,7 @@ def chunked(size: int) -> Boolean:
 
 def key_padding(index: int) -> Boolean:
     """Capture ``(B, S)`` is non-zero at the key."""
-    return sympy.Ne(capture(index, B, K), 0)
+    return negate(equals_zero(capture(index, B, K)))
 
 
 def documents(index: int) -> Boolean:
@@ -127,21 +344,29 @@ def documents(index: int) -> Boolean:
     return equals_zero(capture(index, B, Q) - capture(index, B, K))
 
 
-def conjuncts(p: Boolean) -> tuple[Boolean, ...]:
-    """The predicates whose conjunction ``p`` is, in canonical order."""
-    if p == TRUE:
-        return ()
-    return tuple(p.args) if isinstance(p, sympy.And) else (p,)
+def is_capture(e: sympy.Basic) -> bool:
+    """Whether ``e`` reads a capture."""
+    return isinstance(e, AppliedUndef)
 
 
 def has_captures(p: Boolean) -> bool:
     """Whether ``p`` depends on values known at run time only."""
-    return bool(p.atoms(sympy.core.function.AppliedUndef))
+    return bool(p.atoms(AppliedUndef))
 
 
-def is_capture(e: sympy.Basic) -> bool:
-    """Whether ``e`` reads a capture."""
-    return isinstance(e, sympy.core.function.AppliedUndef)
+# Values.
+
+_Value = Tensor | int | bool
+_OPERATORS: dict[type, Callable[[_Value, _Value], _Value]] = {
+    sympy.Add: lambda x, y: x + y,
+    sympy.Mul: lambda x, y: x * y,
+    sympy.Mod: lambda x, y: x % y,
+    sympy.And: lambda x, y: x & y,
+    sympy.Or: lambda x, y: x | y,
+    sympy.Ge: lambda x, y: x >= y,
+    sympy.Eq: lambda x, y: x == y,
+    sympy.Ne: lambda x, y: x != y,
+}
 
 
 def evaluate(
@@ -154,22 +379,18 @@ def evaluate(
     Args:
         p: the predicate.
         at: int64 tensors ``(b, h, q, k)`` that broadcast against each other.
-        captures: the capture tensors, indexed by the predicate's own expressions.
+        captures: the capture tensors, indexed by the predicate's own expressions. An
+            index past an end reads the end: the value at a pad, which is never a key
+            and whose own row nobody reads, does not matter.
 
     Returns:
         bool tensor of the broadcast shape (or broadcastable to it).
     """
     values = dict(zip((B, H, Q, K), at, strict=True))
     result = _evaluate(p, values, captures)
-    return result if isinstance(result, Tensor) else torch.tensor(bool(result))
-
-
-_Value = Tensor | int | bool
-_ATOMS: dict[type, Callable[[_Value], _Value]] = {
-    sympy.Ge: lambda e: e >= 0,
-    sympy.Eq: lambda e: e == 0,
-    sympy.Ne: lambda e: e != 0,
-}
+    if isinstance(result, Tensor):
+        return result
+    return at[3].new_full((), bool(result), dtype=torch.bool)
 
 
 def _evaluate(
@@ -179,34 +400,26 @@ def _evaluate(
         return values[e]
     if isinstance(e, sympy.Integer):
         return int(e)
-    if isinstance(e, (BooleanTrue, BooleanFalse)):
+    if e in {TRUE, FALSE}:
         return bool(e)
-    if type(e) in _ATOMS:
-        return _ATOMS[type(e)](_evaluate(e.args[0], values, captures))
     if isinstance(e, sympy.floor):
-        numerator, denominator = sympy.fraction(sympy.together(e.args[0]))
-        return _evaluate(numerator, values, captures) // int(denominator)
+        x, n = split_floor(e)
+        return _evaluate(x, values, captures) // n
     args = [_evaluate(a, values, captures) for a in e.args]
     if is_capture(e):
-        index = [_as_index(a) for a in args]
-        return captures[int(e.func.__name__[1:])][tuple(index)]
-    if isinstance(e, sympy.Not):
-        return torch.logical_not(torch.as_tensor(args[0]))
+        return _read(captures[int(e.func.__name__[1:])], args)
     return reduce(_OPERATORS[e.func], args)
 
 
-def _as_index(value: _Value) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(value)
+def _read(values: Tensor, at: Sequence[_Value]) -> Tensor:
+    index = [
+        i.clamp(0, size - 1) if isinstance(i, Tensor) else i
+        for i, size in zip(at, values.shape, strict=True)
+    ]
+    return values[tuple(index)]
 
 
-_OPERATORS: dict[type, Callable[[_Value, _Value], _Value]] = {
-    sympy.Add: lambda x, y: x + y,
-    sympy.Mul: lambda x, y: x * y,
-    sympy.Mod: lambda x, y: x % y,
-    sympy.And: lambda x, y: x & y,
-    sympy.Or: lambda x, y: x | y,
-}
-
+# Text.
 
 _SIGNS = {sympy.Ge: ">=", sympy.Eq: "==", sympy.Ne: "!="}
 
@@ -217,12 +430,9 @@ def format_predicate(p: Boolean) -> str:
         return "all"
     if p == FALSE:
         return "none"
-    if isinstance(p, sympy.And):
-        return " and ".join(sorted(_bracket(a) for a in p.args))
-    if isinstance(p, sympy.Or):
-        return " or ".join(sorted(_bracket(a) for a in p.args))
-    if isinstance(p, sympy.Not):
-        return f"not {_bracket(p.args[0])}"
+    if isinstance(p, (sympy.And, sympy.Or)):
+        word = " and " if isinstance(p, sympy.And) else " or "
+        return word.join(sorted(_bracket(a) for a in p.args))
     return _format_atom(p)
 
 
@@ -232,18 +442,52 @@ def _bracket(p: Boolean) -> str:
 
 
 def _format_atom(p: Boolean) -> str:
-    """Put the negative terms on the other side: ``q - k - 3 >= 0`` is ``k + 3 <= q``."""
-    terms = sympy.Add.make_args(p.args[0])
-    left = [t for t in terms if not t.could_extract_minus_sign()]
-    right = [-t for t in terms if t.could_extract_minus_sign()]
+    """Put negative terms on the other side: ``q - k - 3 >= 0`` is ``k + 3 <= q``."""
+    terms, constant = split_terms(p.lhs)
+    (only, *_) = terms
+    if isinstance(p, (sympy.Eq, sympy.Ne)) and isinstance(only, sympy.Mod):
+        return _format_remainder(p, only)
+    left = [c * t for t, c in terms.items() if c > 0]
+    right = [-c * t for t, c in terms.items() if c < 0]
+    less = "<="
+    if constant == -1 and isinstance(p, sympy.Ge) and left and right:
+        constant, less = 0, "<"
+    (left if constant > 0 else right).append(sympy.Integer(abs(constant)))
     lhs, rhs = _format_sum(left), _format_sum(right)
     if isinstance(p, sympy.Ge):
-        return f"{rhs} <= {lhs}"
+        return f"{rhs} {less} {lhs}"
     return f"{lhs} {_SIGNS[type(p)]} {rhs}"
 
 
-def _format_sum(terms: list[sympy.Expr]) -> str:
-    text = str(sympy.Add(*terms))
-    for e in sympy.Add(*terms).atoms(sympy.core.function.AppliedUndef):
-        text = text.replace(str(e), f"{e.func.__name__}[{str(e.args)[1:-1].rstrip(',')}]")
-    return text
+def _format_remainder(p: Boolean, remainder: sympy.Expr) -> str:
+    """``Mod(q + 3, 4) == 0`` is ``q % 4 == 1``."""
+    if p.lhs != remainder:
+        return f"{_format_sum([p.lhs])} {_SIGNS[type(p)]} 0"
+    terms, constant = split_terms(remainder.args[0])
+    n = int(remainder.args[1])
+    x = _format_sum([join_terms(terms, 0)])
+    bracketed = x if next(iter(terms)).is_Symbol and len(terms) == 1 else f"({x})"
+    return f"{bracketed} % {n} {_SIGNS[type(p)]} {-constant % n}"
+
+
+def _format_sum(terms: Sequence[sympy.Expr]) -> str:
+    e = sympy.Add(*terms)
+    text = str(_Printer().doprint(e))
+    return text[1:-1] if isinstance(e, (sympy.floor, sympy.Mod)) else text
+
+
+class _Printer(StrPrinter):  # type: ignore[misc] # sympy is untyped
+    """Captures as ``c0[b, k]``, floors as ``(q // 4)``, remainders as ``(q % 4)``."""
+
+    def _print_AppliedUndef(self, e: sympy.Expr) -> str:  # noqa: N802 (sympy's name)
+        return f"{e.func.__name__}[{', '.join(map(self.doprint, e.args))}]"
+
+    def _print_floor(self, e: sympy.Expr) -> str:
+        return self._print_division("//", *split_floor(e))
+
+    def _print_Mod(self, e: sympy.Expr) -> str:  # noqa: N802 (sympy's name)
+        return self._print_division("%", *e.args)
+
+    def _print_division(self, sign: str, x: sympy.Expr, n: int) -> str:
+        text = self.doprint(x)
+        return f"(({text}) {sign} {n})" if x.is_Add else f"({text} {sign} {n})"

@@ -1,7 +1,7 @@
 """Schedules: what each rank computes at each step and what travels meanwhile.
 
-At step ``i`` rank ``r`` computes with the K and V of ``owner(r) = (r - i) mod P``, which
-the owner sends straight to it: a step is one permutation of the ranks. Invariant: all
+At a step of shift ``i`` rank ``r`` computes with the K and V of rank ``(r - i) mod P``,
+which sends them straight to it: a step is one permutation of the ranks. Invariant: all
 ranks run the same steps in the same order; a rank's part in one may be empty.
 """
 
@@ -141,7 +141,7 @@ class Schedule:
 
     Attributes:
         layout: which positions each rank holds.
-        length: tokens S; None when the schedule holds for every S that needs no padding.
+        length: tokens S; None: the schedule serves every S that needs no padding.
         parts: one for plain attention; several for dilated attention.
     """
 

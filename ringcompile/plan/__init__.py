@@ -1,0 +1,1 @@
+"""Plans: from a mask and a layout to the schedule that all ranks run. Plain data."""
