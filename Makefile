@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(or $(shell cat $(VENV)/base 2>/dev/null),python3)
 TORCH ?= 2.13.0
 # Another PYTHON has another stamp, so that it gets another .venv.
-READY := $(VENV)/ready$(subst /,-,$(PYTHON))
+READY := $(VENV)/ready-$(subst /,-,$(PYTHON))
 
 .PHONY: demo test lint clean
 
@@ -28,6 +28,6 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info
 
 $(READY): pyproject.toml .ci/make_venv.py
-	$(PYTHON) .ci/make_venv.py $(VENV) $(TORCH)
+	$(PYTHON) .ci/make_venv.py $(VENV) $(TORCH) $@
 	@echo $(PYTHON) > $(VENV)/base
 	@touch $@

@@ -18,14 +18,18 @@ OLDEST_TORCH = (2, 11)
 
 
 def main() -> None:
-    """Make ``argv[1]``, with torch ``argv[2]`` if the base interpreter has none."""
-    folder, pinned = Path(sys.argv[1]), sys.argv[2]
+    """Make ``argv[1]``, with torch ``argv[2]`` if the base interpreter has none.
+
+    Only what is new is installed if ``argv[3]``, the stamp of this interpreter, exists.
+    """
+    folder, pinned, stamp = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     if sys.version_info[:2] < OLDEST_PYTHON:
         sys.exit(
             f"Python {sys.version.split()[0]} is too old: ringcompile needs "
             f"{'.'.join(map(str, OLDEST_PYTHON))}; name another with make PYTHON=..."
         )
-    venv.EnvBuilder(clear=True, with_pip=True, symlinks=True).create(folder)
+    clear = not stamp.exists()
+    venv.EnvBuilder(clear=clear, with_pip=True, symlinks=True).create(folder)
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install"]
     found = find_torch()
     if found:
