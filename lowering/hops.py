@@ -1,4 +1,4 @@
-"""Tags, and the few ops around a hop, so that the ring loop reads as one.
+"""Hops: the tags that name them, and their start and landing in the ring loop.
 
 A tag says which attention, phase and step a transfer belongs to. Invariants: no two
 hops of a graph share a tag (equal ones would be merged, and the KV that forward got be
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ringcompile import ops
+from ringcompile.lowering.rows import Size
 
 WAIT = torch.ops._c10d_functional.wait_tensor.default  # noqa: SLF001
 
@@ -77,9 +78,58 @@ def reshard_tag(kind: str) -> int:
     return Tag(0, Phase.RESHARD, RESHARDS.index(kind)).encode()
 
 
-def wait_all(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Wait for what a communication op gave."""
-    return tuple(WAIT(t) for t in tensors)
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A hop under way; its tensors must not be read before ``Hops.land``.
+
+    Attributes:
+        results: one tensor for each that was sent.
+        is_empty: whether no rows come, so that nothing will read them.
+        is_here: whether there is nothing to wait for.
+    """
+
+    results: tuple[Tensor, ...]
+    is_empty: bool = False
+    is_here: bool = False
+
+
+class Hops:
+    """The hops of one direction of one attention, each ordered behind the one before.
+
+    Attributes:
+        idle: arrivals without rows. What the attention gives must ``touch`` them.
+    """
+
+    def __init__(
+        self, group_name: str, timeout_s: float, *, after: Sequence[Tensor] = ()
+    ) -> None:
+        self._group_name = group_name
+        self._timeout_s = timeout_s
+        self._after = list(after)
+        self.idle: list[Tensor] = []
+
+    def start(
+        self, tag: Tag, payload: Sequence[Tensor], *, dst: int, src: int, rows: Size
+    ) -> Flight:
+        """Send ``payload`` to ``dst`` and expect ``rows`` rows for each from ``src``.
+
+        A rank of -1 means nobody: what is sent to it, or comes from it, has no rows.
+        """
+        results = ops.HOP(
+            *(list(payload), self._after, dst, src, [rows] * len(payload)),
+            *(tag.encode(), self._group_name, self._timeout_s),
+        )
+        self._after = list(results[:1])
+        return Flight(tuple(results), is_empty=src < 0)
+
+    def land(self, flight: Flight) -> tuple[Tensor, ...]:
+        """Wait until what was sent has left and what comes is here."""
+        if flight.is_here:
+            return flight.results
+        arrived = tuple(WAIT(x) for x in flight.results)
+        if flight.is_empty:
+            self.idle.extend(arrived)
+        return arrived
 
 
 def keep(x: Tensor, deps: Sequence[Tensor] = ()) -> Tensor:
@@ -91,8 +141,8 @@ def keep(x: Tensor, deps: Sequence[Tensor] = ()) -> Tensor:
 def touch(x: Tensor, deps: Sequence[Tensor]) -> Tensor:
     """``x``, such that whoever needs it needs ``deps`` too.
 
-    A rank that only sends at a step receives no rows. Nothing would read them, and the
-    compiler would drop the send with them: the peer would wait for ever.
+    A rank that only sends at a step receives no rows. Nothing reads them, and without
+    this the compiler drops the hop, send and all: the peer waits for ever.
     """
     touched: Tensor = ops.TOUCH(x, list(deps)) if deps else x
     return touched

@@ -1,0 +1,76 @@
+"""What a query with no key gives, where the user's own spelling gives more than zeros.
+
+Invariant: rows that have a key are untouched, in value and gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from ringcompile import ops
+from ringcompile.ir.attention import RankPlan
+from ringcompile.ir.mask import EmptyRow
+from ringcompile.ir.reshard import ReshardSpec, format_spec
+from ringcompile.lowering.reshard import reduce_partial, spread
+
+
+def fill_empty_rows(
+    out: Tensor, lse: Tensor, qkv: tuple[Tensor, Tensor, Tensor], *, plan: RankPlan
+) -> Tensor:
+    """Give rows whose lse is -inf what the user's mask means for them.
+
+    Args:
+        out: merged output, ``(B, H, T, E)``.
+        lse: merged lse, ``(B, H, T)``.
+        qkv: this rank's rows of q ``(B, H, T, D)``, k and v.
+        plan: the attention's plan.
+
+    Returns:
+        ``out`` with such rows replaced; rows of padding stay 0.
+    """
+    mask = plan.schedule.parts[0].mask
+    if mask.empty_row is EmptyRow.ZERO:
+        return out
+    is_empty = (lse == -torch.inf)[..., None]
+    if mask.empty_row is EmptyRow.NAN:
+        return torch.where(is_empty & _is_real(out, plan), torch.nan, out)
+    return torch.where(is_empty, _mean_of_all(*qkv, plan).to(out.dtype), out)
+
+
+def _is_real(x: Tensor, plan: RankPlan) -> Tensor:
+    """Which rows are no padding, ``(T, 1)``."""
+    layout, length = plan.schedule.layout, plan.schedule.length
+    chunk = x.shape[2] // layout.chunks_per_rank
+    positions = layout.position_tensor(plan.rank, chunk, x.device)
+    length = chunk * layout.num_chunks if length is None else length
+    return (positions < length)[:, None]
+
+
+def _mean_of_all(q: Tensor, k: Tensor, v: Tensor, plan: RankPlan) -> Tensor:
+    """Softmax over scores that are all ``finfo.min``: uniform over all S keys.
+
+    The scores' gradient still flows where the mask was added: with weights 1/S, the
+    derivative of a row by its scores is ``(V_j - mean) / S``, so by q it is
+    ``scale / S * K^T (V - mean)``. ``x - x.detach()`` adds that gradient to the mean.
+
+    Returns:
+        ``(B, H, T, E)``.
+    """
+    schedule = plan.schedule
+    spec = format_spec(
+        ReshardSpec(
+            schedule.layout, plan.rank, plan.group_name, plan.timeout_s, plan.sources
+        )
+    )
+    dtype = ops.accumulation_dtype(q.dtype)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    is_real = _is_real(v, plan)
+    length = schedule.length
+    if length is None:
+        length = v.shape[2] * schedule.cp_size
+    total = reduce_partial(torch.where(is_real, v, 0.0).sum(2, keepdim=True), spec=spec)
+    (mean,) = spread([total / length], spec=spec)
+    spans = torch.where(is_real, v - mean, 0.0).detach()
+    (moment,) = spread([reduce_partial(k.mT @ spans, spec=spec)], spec=spec)
+    shared = q.shape[1] // k.shape[1]
+    x = plan.scale * (q @ moment.repeat_interleave(shared, 1))
+    return mean.repeat_interleave(shared, 1) + (x - x.detach()) / length

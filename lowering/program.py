@@ -1,0 +1,201 @@
+"""A plan as this rank runs it: which rows go to whom, and which kernels are called.
+
+What differs between plans is decided here, as data; the ring loop only walks it.
+Invariant: both ends of a hop count the same rows.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ringcompile.ir.attention import RankPlan
+from ringcompile.ir.schedule import Kernel, Part, Piece, Rows, Selection, Step
+from ringcompile.ir.text import format_mask, parse_plan
+from ringcompile.lowering.hops import Phase, Tag
+from ringcompile.lowering.rows import RowSet, Segments, Size, Span, Values, shift
+from ringcompile.lowering.selected import TableSpec, find_selected
+
+read_plan = lru_cache(maxsize=1024)(parse_plan)
+
+
+@dataclass(frozen=True, slots=True)
+class TileProgram:
+    """One step on this rank.
+
+    Attributes:
+        is_own: whether the KV are this rank's own.
+        number: the step's number over all parts.
+        owner: rank whose KV this rank reads.
+        reader: rank that reads this rank's KV.
+        reads: rows of the owner's shard that this rank reads; None if none.
+        sends: rows of this rank's shard that the reader reads; None if none.
+        pieces: the kernel calls; their KV rows are counted from the first row read.
+    """
+
+    is_own: bool
+    number: int
+    owner: int
+    reader: int
+    reads: RowSet | None
+    sends: RowSet | None
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PartProgram:
+    """One part on this rank.
+
+    Attributes:
+        queries: rows of this rank's shard that take part; pieces count from the first.
+        stages: the steps, grouped.
+        mask: which pairs count, as text.
+        captures: what the mask reads.
+        frame: the shards that all of these rows lie in.
+    """
+
+    queries: RowSet
+    stages: tuple[tuple[TileProgram, ...], ...]
+    mask: str
+    captures: tuple[Tensor, ...]
+    frame: "Frame"
+
+    @property
+    def tiles(self) -> Iterator[TileProgram]:
+        """All steps in order."""
+        return (tile for stage in self.stages for tile in stage)
+
+    def query_segments(self, combine: Callable[[Values, Values], Values]) -> Segments:
+        """Running values over the part's queries."""
+        spans = [self.queries.own_rows]
+        spans += [piece.q for tile in self.tiles for piece in tile.pieces]
+        return Segments(spans, self.frame.chunk, combine=combine)
+
+    def tile_segments(
+        self, tile: TileProgram, combine: Callable[[Values, Values], Values]
+    ) -> Segments:
+        """Running values over the KV rows that a tile reads."""
+        assert tile.reads is not None, "an empty tile has no gradients"
+        spans = [tile.reads.own_rows, *(piece.kv for piece in tile.pieces)]
+        return Segments(spans, self.frame.chunk, combine=combine)
+
+    def kv_segments(self, combine: Callable[[Values, Values], Values]) -> Segments:
+        """Running values over this rank's KV, cut where readers' rows are."""
+        spans = [self.frame.shard.rows]
+        for tile in self.tiles:
+            mine = tile.reads if tile.is_own else tile.sends
+            if mine is not None:
+                spans.append(mine.shard_rows)
+        return Segments(spans, self.frame.chunk, combine=combine)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The shards of one call.
+
+    Attributes:
+        plan: what all ranks do.
+        chunk: tokens in a chunk.
+        device: where the shards lie.
+    """
+
+    plan: RankPlan
+    chunk: Size
+    device: torch.device
+
+    @property
+    def shard(self) -> Span:
+        """All rows of a shard."""
+        chunks = self.plan.schedule.layout.chunks_per_rank
+        return Span(Rows((0, 0), (chunks, 0)), self.chunk)
+
+    def tag(self, phase: Phase, step: int) -> Tag:
+        """The tag of a step's hop."""
+        return Tag(self.plan.index, phase, step)
+
+    def positions(self, rank: int) -> Tensor:
+        """Global positions of a rank's rows, ``(T,)``; padding is past the length."""
+        layout = self.plan.schedule.layout
+        chunk = cast("int", self.chunk)  # or symbolic
+        return layout.position_tensor(rank, chunk, self.device)
+
+
+def build_program(
+    plan_text: str, q: Tensor, captures: Sequence[Tensor]
+) -> tuple[PartProgram, ...]:
+    """Read a plan for shards as long as ``q``, ``(B, H, T, D)``."""
+    plan = read_plan(plan_text)
+    frame = Frame(plan, _chunk_size(plan, q.shape[2]), q.device)
+    parts, number = [], 0
+    for part in plan.schedule.parts:
+        queries = _find_queries(part, frame)
+        stages = []
+        for stage in part.stages:
+            tiles = (_build_tile(step, part, queries, frame) for step in stage)
+            stages.append(
+                tuple(replace(t, number=n) for n, t in enumerate(tiles, number))
+            )
+            number += len(stage)
+        mask = format_mask(part.mask)
+        parts.append(PartProgram(queries, tuple(stages), mask, tuple(captures), frame))
+    return tuple(parts)
+
+
+def _chunk_size(plan: RankPlan, rows: Size) -> Size:
+    schedule = plan.schedule
+    if schedule.length is None:
+        return rows // schedule.layout.chunks_per_rank
+    expected = schedule.layout.shard_size(schedule.length)
+    assert rows == expected, f"{rows} rows on rank {plan.rank}, planned for {expected}"
+    return schedule.layout.chunk_size(schedule.length)
+
+
+def _build_tile(step: Step, part: Part, queries: RowSet, frame: Frame) -> TileProgram:
+    rank, cp_size = frame.plan.rank, frame.plan.schedule.cp_size
+    owner, reader = (rank - step.shift) % cp_size, (rank + step.shift) % cp_size
+    mine = step.tiles[rank]
+    reads = _find_kv(part, frame, (owner, rank), mine.needs)
+    pieces: tuple[Piece, ...] = ()
+    if isinstance(reads, Span):
+        first = reads.rows.start
+        pieces = tuple(replace(p, kv=shift(p.kv, first)) for p in mine.pieces)
+    elif reads is not None:
+        pieces = (Piece(queries.own_rows, reads.own_rows, Kernel.MASKED),)
+    return TileProgram(
+        is_own=step.shift == 0,
+        number=0,
+        owner=owner,
+        reader=reader,
+        reads=reads,
+        sends=_find_kv(part, frame, (rank, reader), step.tiles[reader].needs),
+        pieces=pieces,
+    )
+
+
+def _find_queries(part: Part, frame: Frame) -> RowSet:
+    if part.selection is None:
+        return frame.shard
+    return _find_selected(part.selection, frame, frame.plan.rank, reader=None)
+
+
+def _find_kv(
+    part: Part, frame: Frame, ranks: tuple[int, int], needs: Rows | None
+) -> RowSet | None:
+    """The rows that travel from one rank to another, of those that a tile needs."""
+    if needs is None:
+        return None
+    if part.selection is None:
+        return Span(needs, frame.chunk)
+    return _find_selected(part.selection, frame, ranks[0], reader=ranks[1])
+
+
+def _find_selected(
+    selection: Selection, frame: Frame, rank: int, *, reader: int | None
+) -> RowSet:
+    schedule = frame.plan.schedule
+    assert schedule.length is not None, "dilated parts are planned for a known length"
+    spec = TableSpec(selection, schedule.layout, schedule.length, rank, reader)
+    return find_selected(spec, frame.device)

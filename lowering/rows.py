@@ -1,0 +1,188 @@
+"""Rows of a shard: which ones a tile reads, and running results over them.
+
+The dim of rows is 2 in every tensor here: ``(B, H, T, D)`` and ``(B, H, T)``.
+Invariant: symbolic sizes are never compared, so that no guard on the length is added.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import SymInt, Tensor
+
+from ringcompile.ir.layout import Edge
+from ringcompile.ir.schedule import Rows
+
+Size = int | SymInt
+Values = tuple[Tensor, ...]
+
+_LSE_DIM = 3
+
+
+def resolve(edge: Edge, chunk: Size) -> Size:
+    """The row number of an edge."""
+    return edge[0] * chunk + edge[1]
+
+
+def shift(rows: Rows, by: Edge) -> Rows:
+    """The same rows, counted from the row ``by``."""
+    (a, b), (c, d) = rows.start, rows.stop
+    return Rows((a - by[0], b - by[1]), (c - by[0], d - by[1]))
+
+
+def take_rows(x: Tensor, rows: Rows, chunk: Size, *, dim: int = 2) -> Tensor:
+    """A range of rows of ``x``."""
+    start, stop = resolve(rows.start, chunk), resolve(rows.stop, chunk)
+    return x.narrow(dim, start, stop - start)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A range of rows of a shard."""
+
+    rows: Rows
+    chunk: Size
+
+    @property
+    def count(self) -> Size:
+        """How many rows."""
+        return resolve(self.rows.stop, self.chunk) - resolve(
+            self.rows.start, self.chunk
+        )
+
+    @property
+    def own_rows(self) -> Rows:
+        """All of these rows, counted from the first."""
+        return shift(self.rows, self.rows.start)
+
+    @property
+    def shard_rows(self) -> Rows:
+        """Where in the shard ``place`` puts values."""
+        return self.rows
+
+    def take(self, x: Tensor) -> Tensor:
+        """These rows of a shard."""
+        return take_rows(x, self.rows, self.chunk)
+
+    def positions(self, of_shard: Tensor) -> Tensor:
+        """Their global positions ``(1, n)``, from those of the shard ``(T,)``."""
+        return take_rows(of_shard[None], self.rows, self.chunk, dim=1)
+
+    def place(self, values: Values) -> tuple[Rows, Values]:
+        """Where in the shard ``values`` belong, one row for each row of the span."""
+        return self.rows, values
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows picked per head.
+
+    Attributes:
+        index: row numbers in the shard, ``(heads, count)`` int64, -1 for no row.
+        count: rows per head, absent ones included.
+        shard: all rows of the shard.
+        shard_size: how many they are.
+    """
+
+    index: Tensor
+    count: int
+    shard: Rows
+    shard_size: int
+
+    @property
+    def own_rows(self) -> Rows:
+        """All of these rows, counted from the first."""
+        return Rows((0, 0), (0, self.count))
+
+    @property
+    def shard_rows(self) -> Rows:
+        """Where in the shard ``place`` puts values."""
+        return self.shard
+
+    def take(self, x: Tensor) -> Tensor:
+        """These rows of a shard; an absent one is a copy of some other."""
+        index = self.index.clamp(min=0)
+        return x.gather(2, _broadcast_index(index, x))
+
+    def positions(self, of_shard: Tensor) -> Tensor:
+        """Their global positions ``(heads, count)``, -1 for no row."""
+        picked = of_shard[self.index.clamp(min=0)]
+        return torch.where(self.index < 0, -1, picked)
+
+    def place(self, values: Values) -> tuple[Rows, Values]:
+        """``values`` scattered into zeros (lse: into -inf) over the whole shard."""
+        return self.shard, tuple(self._scatter(x) for x in values)
+
+    def _scatter(self, x: Tensor) -> Tensor:
+        # Absent rows land in one more row, which is cut off.
+        index = torch.where(self.index < 0, self.shard_size, self.index)
+        shape = (*x.shape[:2], self.shard_size + 1, *x.shape[3:])
+        fill = -torch.inf if x.dim() == _LSE_DIM else 0.0
+        full = x.new_full(shape, fill).scatter(2, _broadcast_index(index, x), x)
+        return full.narrow(2, 0, self.shard_size)
+
+
+RowSet = Span | Table
+
+
+def _broadcast_index(index: Tensor, x: Tensor) -> Tensor:
+    """``(heads, n)`` as an index for dim 2 of ``x``."""
+    index = index[None] if x.dim() == _LSE_DIM else index[None, :, :, None]
+    return index.expand(x.shape[0], -1, -1, *x.shape[3:])
+
+
+class Segments:
+    """Running values over rows, cut at every edge that occurs.
+
+    A value that covers some segments is sliced and combined with what is there; nothing
+    is written in place, so the compiler can fuse the combining.
+    """
+
+    def __init__(
+        self,
+        spans: Iterable[Rows],
+        chunk: Size,
+        *,
+        combine: Callable[[Values, Values], Values],
+    ) -> None:
+        edges = {(rows.start, rows.stop) for rows in spans}
+        self._chunk = chunk
+        # A symbolic chunk length orders edges as a large one does.
+        self._edges = sorted({self._canonical(e) for pair in edges for e in pair})
+        self._combine = combine
+        self._values: list[Values | None] = [None] * (len(self._edges) - 1)
+
+    def _canonical(self, edge: Edge) -> Edge:
+        """Of equal edges the same one, as far as that is known."""
+        if isinstance(self._chunk, int):
+            return 0, edge[0] * self._chunk + edge[1]
+        return edge
+
+    def add(self, rows: Rows, values: Values) -> None:
+        """Combine ``values``, one row for each of ``rows``, with what is there."""
+        first, last = (
+            self._edges.index(self._canonical(e)) for e in (rows.start, rows.stop)
+        )
+        origin = self._edges[first]
+        for i in range(first, last):
+            segment = shift(Rows(self._edges[i], self._edges[i + 1]), origin)
+            piece = values
+            if last - first > 1:
+                piece = tuple(take_rows(x, segment, self._chunk) for x in values)
+            there = self._values[i]
+            self._values[i] = piece if there is None else self._combine(there, piece)
+
+    def join(self, empty: Callable[[Size], Values]) -> Values:
+        """All rows end to end; ``empty(n)`` gives n rows that nothing was added to."""
+        sizes = (
+            resolve(stop, self._chunk) - resolve(start, self._chunk)
+            for start, stop in pairwise(self._edges)
+        )
+        parts = [
+            empty(size) if values is None else values
+            for values, size in zip(self._values, sizes, strict=True)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return tuple(torch.cat(xs, 2) for xs in zip(*parts, strict=True))
