@@ -1,6 +1,7 @@
 """The pool of ranks itself: results, errors, deaths and hangs."""
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,13 +37,16 @@ def draw(group: ProcessGroup, rank: int) -> Tensor:
     return torch.randn(3, requires_grad=True) * 2
 
 
-def move(group: ProcessGroup, rank: int, point: Point, x: Tensor) -> tuple[Point, Tensor]:
+def move(
+    group: ProcessGroup, rank: int, point: Point, x: Tensor
+) -> tuple[Point, Tensor]:
     return Point(point.x + rank), x + rank
 
 
 def fail_on_rank_1(group: ProcessGroup, rank: int) -> None:
     if rank == 1:
-        print("rank 1 was here", flush=True)
+        sys.stdout.write("rank 1 was here\n")
+        sys.stdout.flush()
         raise ZeroDivisionError("one is not zero")
 
 
@@ -95,7 +99,11 @@ def test_group_is_a_sub_world_and_default_group_is_all(ranks: RankPool) -> None:
     results = ranks.run(describe, world_size=3)
     assert [own.rank for own, _, _ in results] == [0, 1, 2]
     assert {own.size for own, _, _ in results} == {3}
-    assert [(all_.rank, all_.size) for _, all_, _ in results] == [(0, 4), (1, 4), (2, 4)]
+    assert [(all_.rank, all_.size) for _, all_, _ in results] == [
+        (0, 4),
+        (1, 4),
+        (2, 4),
+    ]
     assert ranks.run(describe, world_size=1)[0][0] == Ranks()
 
 
