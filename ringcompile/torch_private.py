@@ -1,6 +1,7 @@
 """Every private API of torch that we use, for torch 2.11 and 2.13, in one place."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
@@ -9,15 +10,25 @@ import torch
 from torch import SymInt, Tensor
 from torch._C._distributed_c10d import AllgatherOptions, Work, _register_work
 from torch._guards import TracingContext
+from torch._logging import trace_structured
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.fx import Graph, GraphModule
+from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = ["Work"]  # the rest is defined here
+
+SET_GRAD_ENABLED = torch._C._set_grad_enabled
+"""The call by which a graph turns gradients on and off."""
+
+AUTOCAST_CALLS = frozenset(
+    {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
+)
+"""The calls by which a graph enters and leaves autocast."""
 
 # ---- tracing -------------------------------------------------------------------------
 
@@ -67,9 +78,14 @@ def _fake_input(
     )
 
 
+def observe_pass(gm: GraphModule, name: str) -> AbstractContextManager[object]:
+    """Name a pass to torch's own tools: dumps, provenance, ``disabled_passes``."""
+    return GraphTransformObserver(gm, f"ringcompile.{name}", "ringcompile")
+
+
 def size_hint(size: int | SymInt) -> int:
     """A size as the number it has in the call at hand; adds no guard."""
-    return size if isinstance(size, int) else int(size.node.require_hint())
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def sizes_equal(a: int | SymInt, b: int | SymInt) -> bool:
@@ -137,9 +153,30 @@ def register_identity_lowering(op: OpOverload) -> None:
     lowering.register_lowering(op, type_promotion_kind=None)(lambda x, _deps: x)
 
 
+GraphPass = Callable[[Graph], None]
+
+
+def joint_passes(patches: Mapping[str, object]) -> list[GraphPass]:
+    """The passes over joint graphs that a user has asked for, here or globally."""
+    from torch._inductor import config  # noqa: PLC0415
+
+    asked: Any = patches.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
+    if asked is None:
+        return []
+    return list(asked) if isinstance(asked, list | tuple) else [asked]
+
+
+def pass_uuid(graph_pass: GraphPass) -> str:
+    """What compile caches know a pass by; empty if nothing."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass  # noqa: PLC0415
+
+    is_known = isinstance(graph_pass, CustomGraphPass) and graph_pass.uuid()
+    return repr(graph_pass.uuid()) if is_known else ""
+
+
 def mark_saved_pass(
-    op: OpOverload, uuid: str, others: Sequence[Callable[[Graph], None]] = ()
-) -> Callable[[Graph], None]:
+    op: OpOverload, uuid: str, others: Sequence[GraphPass] = ()
+) -> GraphPass:
     """A pass over the joint graph: results of ``op`` are saved, never recomputed.
 
     Args:
@@ -165,3 +202,33 @@ def mark_saved(graph: Graph, op: OpOverload) -> None:
     """Let the partitioner save every result of ``op``."""
     for node in graph.find_nodes(op="call_function", target=op):
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def compile_with_inductor(
+    gm: GraphModule, example_inputs: Sequence[object], patches: dict[str, object]
+) -> Callable[..., object]:
+    """Compile a graph with Inductor, which takes ``gm`` over."""
+    from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415
+
+    compiled: Callable[..., object] = compile_fx(
+        gm, example_inputs, config_patches=patches or None
+    )
+    return compiled
+
+
+def mode_patches(mode: str | None) -> dict[str, object]:
+    """Inductor's config patches for one of its modes."""
+    if mode in (None, "default"):
+        return {}
+    from torch._inductor import list_mode_options  # noqa: PLC0415
+
+    return dict(list_mode_options(mode))
+
+
+def emit_structured_trace(name: str, text: str) -> None:
+    """Put text into torch's structured trace, where tlparse shows it."""
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=lambda: text,
+    )

@@ -1,0 +1,177 @@
+"""The models of the spine: unmodified Hugging Face models with random weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+VOCABULARY = 131
+IGNORED = -100
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SpineModel:
+    """How to build one row of the matrix.
+
+    Attributes:
+        name: its name in tables.
+        build: the model for an attention implementation, ``sdpa`` or ``eager``.
+        make_inputs: a batch of the given sequence length.
+        length: tokens, unless a test asks for another number.
+        num_attentions: regions that must become rings.
+    """
+
+    name: str
+    build: Callable[[str], nn.Module]
+    make_inputs: Callable[[int], Inputs]
+    length: int = 96
+    num_attentions: int = 2
+
+
+def _decoder(kind: str, **extra: Any) -> Callable[[str], nn.Module]:  # noqa: ANN401
+    def build(attention: str) -> nn.Module:
+        import transformers  # noqa: PLC0415 - seconds to import
+
+        config = getattr(transformers, f"{kind}Config")(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            **{"use_cache": False, **extra},
+        )
+        config._attn_implementation = attention
+        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+        assert isinstance(model, nn.Module)
+        return model
+
+    return build
+
+
+def _gpt2(attention: str) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415
+
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=1024,
+        use_cache=False,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    config._attn_implementation = attention
+    return GPT2LMHeadModel(config)
+
+
+def _bert(attention: str) -> nn.Module:
+    from transformers import BertConfig, BertForMaskedLM  # noqa: PLC0415
+
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    config._attn_implementation = attention
+    return BertForMaskedLM(config)
+
+
+def tokens(length: int) -> Inputs:
+    """Ids and labels, some of them ignored."""
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(0, VOCABULARY, (2, length), generator=generator)
+    labels = ids.clone()
+    labels[0, : length // 4] = IGNORED
+    labels[1, -3:] = IGNORED
+    return {"input_ids": ids, "labels": labels}
+
+
+def _padded(length: int, *, left: bool) -> Inputs:
+    inputs = tokens(length)
+    mask = torch.ones(2, length, dtype=torch.int64)
+    pads = slice(0, length // 3) if left else slice(length - length // 3, length)
+    mask[1, pads] = 0
+    inputs["labels"][1, pads] = IGNORED
+    return inputs | {"attention_mask": mask}
+
+
+def right_padded(length: int) -> Inputs:
+    """A batch whose second row ends early."""
+    return _padded(length, left=False)
+
+
+def left_padded(length: int) -> Inputs:
+    """A batch whose second row starts late."""
+    return _padded(length, left=True)
+
+
+def packed(length: int) -> Inputs:
+    """Several documents in each row; positions start anew in each."""
+    cuts = ((length // 3, length // 2), (length // 5, length - 7))
+    rows = []
+    for a, b in cuts:
+        parts = (a, b - a, length - b)
+        rows.append(torch.cat([torch.arange(n) for n in parts]))
+    return tokens(length) | {"position_ids": torch.stack(rows)}
+
+
+SPINE = (
+    SpineModel("llama", _decoder("Llama"), tokens),
+    SpineModel(
+        "mistral", _decoder("Mistral", sliding_window=128), tokens, length=512
+    ),
+    SpineModel("qwen2", _decoder("Qwen2"), tokens),
+    SpineModel("gpt2", _gpt2, tokens),
+    SpineModel("bert padded", _bert, right_padded),
+    SpineModel("llama packed", _decoder("Llama"), packed),
+    SpineModel("llama left-padded", _decoder("Llama"), left_padded),
+    SpineModel("llama cache", _decoder("Llama", use_cache=True), tokens),
+)
+
+
+def find_model(name: str) -> SpineModel:
+    """The row of that name."""
+    return next(m for m in SPINE if m.name == name)
+
+
+def build_model(row: SpineModel, attention: str, dtype: torch.dtype) -> nn.Module:
+    """The model in training mode, the same weights at every call."""
+    torch.manual_seed(0)
+    return row.build(attention).to(dtype).train()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one training step gives."""
+
+    loss: Tensor
+    logits: Tensor
+    grads: dict[str, Tensor | None]
+
+
+def run_step(model: nn.Module, call: Callable[..., Any], inputs: Inputs) -> Outcome:
+    """Forward, loss and backward; ``call`` is ``model`` or what it compiled to."""
+    out = call(**inputs)
+    out.loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return Outcome(out.loss.detach(), out.logits.detach(), grads)
+
+
+def run_reference(row: SpineModel, attention: str, inputs: Inputs) -> Outcome:
+    """The same step in eager float64."""
+    model = build_model(row, attention, torch.float64)
+    return run_step(model, model, inputs)
