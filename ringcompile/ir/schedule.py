@@ -67,7 +67,8 @@ class Tile:
 
     Attributes:
         coverage: how much of the tile the mask keeps.
-        pieces: the kernel calls, disjoint in (q, kv) rows; none if empty.
+        pieces: the kernel calls, disjoint in (q, kv) rows; none if empty. Of a part
+            with a selection: one MASKED piece that stands for all selected rows.
         needs: the KV rows of the owner that the pieces read; None if empty.
     """
 
@@ -82,10 +83,11 @@ class Selection:
 
     Position ``p`` is selected for query head ``h`` iff
     ``(p mod segment) mod rate == offsets[h]``; a head whose offset is None has no rows.
-    A KV head's rows are the union over its query heads.
+    A KV head's rows are the union over its query heads. Rows a query may see are those
+    of its segment only, so no others travel; the part's mask says so too.
 
     Attributes:
-        segment: tokens in a segment; a query sees only keys of its own segment.
+        segment: tokens in a segment.
         rate: one row in ``rate`` is selected.
         offsets: one per query head.
         num_kv_heads: KV heads that the query heads share.
@@ -95,6 +97,20 @@ class Selection:
     rate: int
     offsets: tuple[int | None, ...]
     num_kv_heads: int
+
+    @property
+    def groups(self) -> tuple[frozenset[int], ...]:
+        """The offsets that each KV head's query heads select."""
+        size = len(self.offsets) // self.num_kv_heads
+        return tuple(
+            frozenset(s for s in self.offsets[start : start + size] if s is not None)
+            for start in range(0, len(self.offsets), size)
+        )
+
+    @property
+    def has_mixed_groups(self) -> bool:
+        """Whether query heads that share a KV head select different rows."""
+        return any(len(group) > 1 for group in self.groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +136,7 @@ class Part:
     """Tiles over one row selection; the parts of a schedule are merged by their LSE.
 
     Attributes:
-        mask: the pairs that count in this part.
+        mask: the pairs that count, among the rows that take part.
         selection: the rows that take part; None means all.
         stages: steps grouped so that the hops of a stage fly during the one before.
     """

@@ -4,7 +4,7 @@ Rows are selected per query head; a KV head's rows are the union over its query 
 Invariant: a padded row is never selected.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -37,31 +37,28 @@ def selected_rows(
         of each KV head that lie in a segment those queries share: those that travel.
     """
     at = torch.tensor(positions)
-    heads = [_is_selected(selection, at, s) & (at < length) for s in selection.offsets]
+    taking_part = at < length
+    heads: Sequence[frozenset[int]] = [
+        frozenset(() if s is None else (s,)) for s in selection.offsets
+    ]
     if for_positions is not None:
+        heads = selection.groups
         readers = torch.tensor(for_positions)
         segments = _segments(selection, readers[readers < length])
-        shared = torch.isin(_segments(selection, at), segments)
-        heads = [
-            torch.stack(group).any(0) & shared
-            for group in _groups(heads, selection.num_kv_heads)
-        ]
-    return tuple(tuple(head.nonzero()[:, 0].tolist()) for head in heads)
+        taking_part &= torch.isin(_segments(selection, at), segments)
+    residues = at % selection.segment % selection.rate
+    return tuple(
+        tuple(torch.nonzero(taking_part & _is_any_of(residues, head))[:, 0].tolist())
+        for head in heads
+    )
 
 
-def _is_selected(selection: Selection, at: Tensor, offset: int | None) -> Tensor:
-    if offset is None:
-        return torch.zeros_like(at, dtype=torch.bool)
-    return at % selection.segment % selection.rate == offset
+def _is_any_of(values: Tensor, numbers: frozenset[int]) -> Tensor:
+    return torch.isin(values, torch.tensor(sorted(numbers), dtype=values.dtype))
 
 
 def _segments(selection: Selection, at: Tensor) -> Tensor:
     return at.div(selection.segment, rounding_mode="floor")
-
-
-def _groups(heads: list[Tensor], num_kv_heads: int) -> Iterable[list[Tensor]]:
-    size = len(heads) // num_kv_heads
-    return (heads[g * size : (g + 1) * size] for g in range(num_kv_heads))
 
 
 def build_selected_tile(
@@ -118,7 +115,8 @@ def _find_segments(
 ) -> dict[int, Span]:
     """The hull of a shard's selected positions in each segment that has some."""
     at = layout.position_tensor(rank, layout.chunk_size(length)).sort().values
-    at = at[_is_selected(selection, at, offset) & (at < length)]
+    residues = at % selection.segment % selection.rate
+    at = at[(residues == offset) & (at < length)]
     segments, counts = torch.unique_consecutive(
         _segments(selection, at), return_counts=True
     )
