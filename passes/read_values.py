@@ -1,0 +1,211 @@
+"""Read nodes of a graph as functions of their indices, each node once.
+
+What no rule can read, but is an integer or bool tensor that every rank can compute for
+itself, is taken as a *capture*: a tensor known at run time, read at index expressions.
+Invariant: a value read here is what the node holds for every input of the graph.
+"""
+
+from collections.abc import Iterable
+
+import sympy
+import torch
+from sympy.core.function import AppliedUndef
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from ringcompile.ir.mask import equals_zero, negate
+from ringcompile.passes.op import is_float, is_tensor, read_op, schema_of
+from ringcompile.passes.symbolic import (
+    Content,
+    Unreadable,
+    Value,
+    always,
+    index_symbol,
+    make_value,
+)
+from ringcompile.passes.value_rules import RULES, elementwise
+from ringcompile.passes.value_views import VIEWS, Call
+
+aten = torch.ops.aten
+
+_MAY_ALIAS = {*VIEWS, aten.to, aten.type_as} - {aten.clone}
+
+
+class Reader:
+    """Reads the nodes of one graph and remembers every answer.
+
+    Args:
+        graph: the graph.
+        sources: nodes of any dtype that are read as unknown functions of their index.
+    """
+
+    def __init__(self, graph: Graph, sources: Iterable[Node] = ()) -> None:
+        self._sources = frozenset(sources)
+        self._known: dict[Node, Value | Unreadable] = {}
+        self._mutated = _find_mutated(graph)
+        self._nodes: list[Node] = list(graph.nodes)
+        self._order = {node: place for place, node in enumerate(self._nodes)}
+        self._computed_alike: dict[object, Node] = {}
+        self._twin: dict[Node, Node] = {}
+        self._replicated: dict[Node, bool] = {}
+
+    def read(self, node: Node) -> Value:
+        """The value of a tensor node.
+
+        Raises:
+            Unreadable: nothing is known of it.
+        """
+        if node not in self._known:
+            try:
+                self._known[node] = self._read(node)
+            except Unreadable as error:
+                self._known[node] = error
+        known = self._known[node]
+        if isinstance(known, Unreadable):
+            raise Unreadable(known.because)
+        return known
+
+    def node_of(self, capture: AppliedUndef) -> Node:
+        """The node that a capture reads."""
+        place = int(capture.func.__name__.removeprefix("node"))
+        return self._nodes[place]
+
+    def place_of(self, node: Node) -> int:
+        """Where the node stands in the graph."""
+        return self._order[node]
+
+    def fix_symbols(self, symbols: Iterable[sympy.Symbol]) -> dict[sympy.Symbol, int]:
+        """Fix inputs of the graph that are sizes to their value at hand, guarded."""
+        inputs = {
+            node.meta["val"].node.expr: node.meta["val"]
+            for node in self._order
+            if node.op == "placeholder" and isinstance(node.meta["val"], torch.SymInt)
+        }
+        unknown = [s for s in symbols if s not in inputs]
+        if unknown:
+            raise Unreadable(f"the size {unknown[0]} isn't an input")
+        return {s: int(inputs[s]) for s in symbols}
+
+    def _read(self, node: Node) -> Value:
+        if node in self._sources:
+            return self._capture(node)
+        try:
+            return self._apply_rule(node)
+        except Unreadable:
+            if not self._can_capture(node):
+                raise
+        return self._capture(self._find_twin(node))
+
+    def _apply_rule(self, node: Node) -> Value:
+        value = node.meta.get("val")
+        assert isinstance(value, Tensor), f"{node} is not a tensor"
+        if node.op == "get_attr" and value.numel() == 1:
+            raise Unreadable("a constant tensor")
+        op = read_op(node)
+        if op is None:
+            raise Unreadable(f"{node.name} isn't computed from positions")
+        if self.is_mutated(node):
+            raise Unreadable(f"{node.name} is changed in place")
+        rule = RULES.get(op.packet)
+        if rule is None and _is_elementwise(node):
+            rule = elementwise
+        if rule is None:
+            raise Unreadable(f"{node.target} isn't read")
+        return make_value(value.shape, value.dtype, rule(Call(op, self.read)))
+
+    def _capture(self, node: Node) -> Value:
+        value = node.meta["val"]
+        index = [index_symbol(d) for d in range(value.ndim)]
+        read = sympy.Function(f"node{self._order[node]}", integer=True)(*index)
+        content: Content = always(read)
+        if value.dtype is torch.bool:
+            content = negate(equals_zero(read))
+        return make_value(value.shape, value.dtype, content)
+
+    # ---- what may be captured --------------------------------------------------------
+
+    def _can_capture(self, node: Node) -> bool:
+        return is_tensor(node) and not is_float(node) and self._is_replicated(node)
+
+    def _is_replicated(self, node: Node) -> bool:
+        """Whether it follows from integers and bools only, the same on every rank."""
+        if node not in self._replicated:
+            self._replicated[node] = self._follows_from_integers(node)
+        return self._replicated[node]
+
+    def _follows_from_integers(self, node: Node) -> bool:
+        if node.op in ("placeholder", "get_attr"):
+            return not (is_tensor(node) and is_float(node))
+        if node.op != "call_function" or self.is_mutated(node) or _is_random(node):
+            return False
+        return all(self._is_replicated(n) for n in node.all_input_nodes)
+
+    def is_mutated(self, node: Node) -> bool:
+        """Whether the node writes, or some op of the graph writes to its storage."""
+        target = node.target
+        writes = isinstance(target, OpOverload) and schema_of(target).is_mutable
+        return writes or _find_base(node) in self._mutated
+
+    def _find_twin(self, node: Node) -> Node:
+        """The first node that is computed in the same way."""
+        if node.op != "call_function":
+            return node
+        if node not in self._twin:
+            arguments = map_arg((node.args, node.kwargs), self._find_twin)
+            key = (node.target, repr(arguments))
+            self._twin[node] = self._computed_alike.setdefault(key, node)
+        return self._twin[node]
+
+
+def _is_elementwise(node: Node) -> bool:
+    target = node.target
+    return (
+        isinstance(target, OpOverload)
+        and torch.Tag.pointwise in target.tags
+        and not _is_random(node)
+    )
+
+
+def _is_random(node: Node) -> bool:
+    target = node.target
+    return (
+        isinstance(target, OpOverload)
+        and torch.Tag.nondeterministic_seeded in target.tags
+    )
+
+
+def _find_mutated(graph: Graph) -> frozenset[Node]:
+    """Nodes whose storage some op writes to."""
+    return frozenset(
+        _find_base(value)
+        for node in graph.nodes
+        if node.op == "call_function"
+        and isinstance(node.target, OpOverload)
+        and schema_of(node.target).is_mutable
+        for value in _written(node, node.target)
+    )
+
+
+def _written(node: Node, target: OpOverload) -> list[Node]:
+    op = read_op(node)
+    assert op is not None, "a mutable op is an op"
+    written: list[object] = []
+    for argument in schema_of(target).arguments:
+        value = op.args[argument.name]
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written += value if isinstance(value, list | tuple) else [value]
+    return [n for n in written if isinstance(n, Node)]
+
+
+def _find_base(node: Node) -> Node:
+    """The node whose storage a chain of views may share."""
+    while (
+        node.op == "call_function"
+        and isinstance(node.target, OpOverload)
+        and (node.target.is_view or node.target.overloadpacket in _MAY_ALIAS)
+        and node.all_input_nodes
+    ):
+        node = node.all_input_nodes[0]
+    return node
