@@ -21,7 +21,7 @@ from ringcompile.ir.mask import FALSE, TRUE, at_least_zero, equals_zero, negate
 from ringcompile.torch_private import sizes_equal
 
 Size: TypeAlias = int | torch.SymInt
-Number: TypeAlias = "sympy.Expr | float"
+Number: TypeAlias = sympy.Expr | float
 MAX_CASES = 16
 
 
@@ -45,7 +45,7 @@ class Case:
     number: Number
 
 
-Content: TypeAlias = "Boolean | tuple[Case, ...]"
+Content: TypeAlias = Boolean | tuple[Case, ...]
 
 
 @cache
