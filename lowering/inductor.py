@@ -1,0 +1,67 @@
+"""What Inductor must know: our ops' lowerings, what to save, what not to reorder.
+
+Invariant: communication starts and ends where the ring loop put it.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from ringcompile import ops
+from ringcompile.torch_private import (
+    joint_passes,
+    mark_saved_pass,
+    pass_uuid,
+    register_collective_lowering,
+    register_identity_lowering,
+)
+
+_FOLDERS = ("lowering", "ir", "plan")
+_FILES = ("ops.py", "torch_private.py")
+
+
+def inductor_patches(user: Mapping[str, object]) -> dict[str, object]:
+    """Config patches under which Inductor compiles rewritten graphs.
+
+    Args:
+        user: the user's own patches; they win, and their passes run before ours.
+
+    Returns:
+        All patches for ``compile_fx``.
+    """
+    _register_lowerings()
+    patches: dict[str, object] = {
+        # These move a wait up to its start, and nothing overlaps (FACTS.md 2.3b).
+        "reorder_for_peak_memory": False,
+        "reorder_for_locality": False,
+    }
+    others = joint_passes(user)
+    uuids = [pass_uuid(other) for other in others]
+    uuid = repr((sources_hash(), *uuids)) if all(uuids) else ""
+    saving = mark_saved_pass(ops.KEEP, uuid, others)
+    return patches | dict(user) | {"joint_custom_pre_pass": saving}
+
+
+@lru_cache(maxsize=1)
+def sources_hash() -> str:
+    """A hash of the sources that give a plan its meaning.
+
+    Compile caches see no Python body, so it is part of what they do see.
+    """
+    root = Path(ops.__file__).parent
+    files = [root / name for name in _FILES]
+    for folder in _FOLDERS:
+        files += sorted((root / folder).rglob("*.py"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=1)
+def _register_lowerings() -> None:
+    for op in (ops.HOP, ops.ALL_GATHER, ops.ALL_REDUCE):
+        register_collective_lowering(op)
+    for op in (ops.KEEP, ops.TOUCH):
+        register_identity_lowering(op)

@@ -1,0 +1,39 @@
+"""Attention as SEMANTICS.md section 1 defines it, dense and in float64."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ringcompile.ir.mask import EmptyRow, Mask, evaluate
+
+
+def keeps(mask: Mask, captures: Sequence[Tensor], shape: tuple[int, int, int]) -> Tensor:
+    """The mask as a bool tensor ``(B, H, S, S)``."""
+    B, H, S = shape
+    at = (
+        torch.arange(B).view(-1, 1, 1, 1),
+        torch.arange(H).view(1, -1, 1, 1),
+        torch.arange(S).view(1, 1, -1, 1),
+        torch.arange(S).view(1, 1, 1, -1),
+    )
+    return evaluate(mask.keeps, at, captures).expand(B, H, S, S)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, kept: Tensor, scale: float, empty: EmptyRow
+) -> Tensor:
+    """Dense attention; ``kept`` is bool, or counts of how often each pair counts."""
+    shared = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+    scores = scale * (q @ k.mT)
+    if empty is EmptyRow.MEAN_ALL:
+        lowest = torch.finfo(torch.float32).min
+        return (scores + torch.where(kept > 0, 0.0, lowest)).softmax(-1) @ v
+    weights = (scores + kept.to(scores.dtype).log()).softmax(-1)
+    if empty is EmptyRow.ZERO:
+        # Not zeros times NaN: such rows have no gradient either.
+        some = (kept > 0).any(-1, keepdim=True)
+        safe = torch.where(some, kept.to(scores.dtype), 1.0)
+        weights = (scores + safe.log()).softmax(-1) * some
+    return weights @ v

@@ -1,0 +1,203 @@
+"""One attention run through the ring op on some ranks, and what it should give."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F  # noqa: F401
+from support import dense
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.distributed import ProcessGroup
+
+import ringcompile.lowering  # noqa: F401
+from ringcompile import ops
+from ringcompile.ir import mask as m
+from ringcompile.ir.attention import RankPlan
+from ringcompile.ir.layout import Layout
+from ringcompile.ir.mask import EmptyRow, Mask
+from ringcompile.ir.schedule import Selection
+from ringcompile.ir.text import format_plan, parse_mask
+from ringcompile.lowering.inductor import inductor_patches
+from ringcompile.plan.stages import build_schedule
+from ringcompile.torch_private import compile_with_inductor
+
+SCALE = 0.3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention.
+
+    Attributes:
+        masks: name of a mask of ``MASKS``.
+        layout: name of a layout.
+        length: tokens S.
+        heads: H, G, D, E.
+        dtype: of q, k and v.
+        empty: what a row with no key gives.
+        stages: at most so many; None: one per step.
+        needs_grad: of q, k, v.
+        compile: ``eager``, ``aot_eager`` or ``inductor``.
+        any_length: plan for any length that needs no padding.
+    """
+
+    mask: str
+    layout: str = "contiguous"
+    length: int = 48
+    heads: tuple[int, int, int, int] = (4, 2, 8, 8)
+    dtype: torch.dtype = torch.float32
+    empty: EmptyRow = EmptyRow.ZERO
+    stages: int | None = None
+    needs_grad: tuple[bool, bool, bool] = (True, True, True)
+    compile: str = "eager"
+    any_length: bool = False
+
+    @property
+    def captures(self) -> list[Tensor]:
+        """What the mask reads, ``(B, S)`` each."""
+        S = self.length
+        documents = torch.stack([torch.arange(S) * 3 // S, torch.arange(S) * 5 // S])
+        padding = torch.ones(2, S, dtype=torch.int64)
+        padding[0, : S // 3] = 0  # left, as for generation
+        padding[1, S - S // 4 :] = 0
+        return [documents, padding]
+
+    @property
+    def parts(self) -> list[tuple[Mask, Selection | None]]:
+        """The masks and selections whose results are merged."""
+        parts = MASKS[self.mask](self)
+        return [(Mask(p.keeps, 2, self.empty), selection) for p, selection in parts]
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v and the gradient of the output, all rows, rounded to the dtype."""
+        H, G, D, E = self.heads
+        random = torch.Generator().manual_seed(0)
+        sizes = [(H, D), (G, D), (G, E), (H, E)]
+        q, k, v, grad = (
+            torch.randn(2, heads, self.length, dim, generator=random, dtype=torch.double)
+            for heads, dim in sizes
+        )
+        q, k, v, grad = (x.to(self.dtype) for x in (q, k, v, grad))
+        return q, k, v, grad
+
+    def expected(self) -> tuple[Tensor, ...]:
+        """out, dq, dk and dv by the dense reference, in float64."""
+        q, k, v, grad = (x.double() for x in self.tensors())
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        shape = (2, self.heads[0], self.length)
+        kept: Tensor | int = 0
+        for mask, _ in self.parts:
+            kept = kept + dense.keeps(mask, self.captures, shape).long()
+        assert isinstance(kept, Tensor)
+        out = dense.attend(q, k, v, kept, SCALE, self.empty)
+        return out.detach(), *torch.autograd.grad(out, inputs, grad)
+
+
+Parts = list[tuple[Mask, Selection | None]]
+
+
+def _longnet(case: Case) -> Parts:
+    """SEMANTICS.md 2A with offset "paper", under a causal mask."""
+    parts: Parts = []
+    for segment, rate in ((8, 1), (24, 2), (48, 4)):
+        offset = m.H % rate
+        keeps = m.TRUE
+        for at in (m.Q, m.K):
+            keeps &= m.equals_zero((at % segment) % rate - offset)
+        keeps &= m.chunked(segment)
+        keeps &= m.causal()
+        offsets = tuple(h % rate for h in range(case.heads[0]))
+        parts.append((Mask(keeps), Selection(segment, rate, offsets, case.heads[1])))
+    return parts
+
+
+def _local_window(_case: Case) -> Parts:
+    """SEMANTICS.md section 3, blocks of 8 tokens, window of 16."""
+    i, j = m.sympy.floor(m.Q / 8), m.sympy.floor(m.K / 8)
+    near = m.at_least_zero(1 - (i - j)) & m.at_least_zero(1 - (j - i))
+    return [(Mask(near & m.causal()), None)]
+
+
+def _plain(keeps: m.Boolean) -> Callable[[Case], Parts]:
+    return lambda _case: [(Mask(keeps), None)]
+
+
+MASKS: dict[str, Callable[[Case], Parts]] = {
+    "all": _plain(m.TRUE),
+    "causal": _plain(m.causal()),
+    "window": _plain(m.causal() & m.window(9)),
+    "two-sided window": _plain(m.window(5, 7)),
+    "documents": _plain(m.causal() & m.documents(0)),
+    "padding": _plain(m.causal() & m.key_padding(1)),
+    "bidirectional padding": _plain(m.key_padding(1)),
+    "longnet": _longnet,
+    "local window": _local_window,
+}
+
+
+def plan_text(case: Case, group: ProcessGroup, rank: int, *, timeout_s: float) -> str:
+    """The plan that the op carries on one rank."""
+    length = None if case.any_length else case.length
+    layout = Layout(case.layout, group.size())
+    schedule = build_schedule(case.parts, layout, length, num_stages=case.stages)
+    return format_plan(
+        RankPlan(
+            index=3,
+            name="test",
+            rank=rank,
+            group_name=group.group_name,
+            scale=SCALE,
+            timeout_s=timeout_s,
+            schedule=schedule,
+            sources="",
+        )
+    )
+
+
+def run_case(
+    group: ProcessGroup, rank: int, case: Case, timeout_s: float = 60.0
+) -> tuple[Tensor | None, ...]:
+    """This rank's rows of out, dq, dk and dv."""
+    layout = Layout(case.layout, group.size())
+    at = torch.tensor(layout.positions(rank, case.length))
+    is_real = at < case.length
+    own = [x[:, :, at.clamp(max=case.length - 1)] for x in case.tensors()]
+    *inputs, grad = own
+    grad = grad * is_real[:, None]  # a pad's cotangent is zero
+    for x, needed in zip(inputs, case.needs_grad, strict=True):
+        x.requires_grad_(needed)
+    plan = plan_text(case, group, rank, timeout_s=timeout_s)
+    out = compile_ring(plan, case)(*inputs, case.captures)
+    out.backward(grad)
+    results = (out.detach(), *(x.grad for x in inputs))
+    return tuple(None if x is None else x[:, :, is_real] for x in results)
+
+
+def compile_ring(plan: str, case: Case) -> Callable[..., Tensor]:
+    """The ring op as a function of q, k, v and captures."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, captures: list[Tensor]) -> Tensor:
+        return ops.RING_ATTENTION(q, k, v, captures, plan=plan)
+
+    if case.compile == "eager":
+        return attend
+    backend = "aot_eager" if case.compile == "aot_eager" else _inductor
+    return torch.compile(attend, backend=backend, fullgraph=True)
+
+
+def _inductor(gm: GraphModule, example_inputs: list[Tensor]) -> Callable[..., object]:
+    return compile_with_inductor(gm, example_inputs, inductor_patches({}))
+
+
+def run_cases(
+    group: ProcessGroup, rank: int, cases: tuple[Case, ...]
+) -> list[tuple[Tensor | None, ...]]:
+    return [run_case(group, rank, case) for case in cases]
+
+
+def join(case: Case, shards: list[Tensor]) -> Tensor:
+    """All rows in the user's order, from each rank's real ones."""
+    layout = Layout(case.layout, len(shards))
+    order = [p for p in layout.permutation(case.length) if p < case.length]
+    return torch.cat(shards, 2)[:, :, torch.tensor(order).argsort()]
