@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup, distributed_c10d
 from torch.fx import Graph, GraphModule
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -170,8 +171,8 @@ def pass_uuid(graph_pass: GraphPass) -> str:
     """What compile caches know a pass by; empty if nothing."""
     from torch._inductor.custom_graph_pass import CustomGraphPass  # noqa: PLC0415
 
-    is_known = isinstance(graph_pass, CustomGraphPass) and graph_pass.uuid()
-    return repr(graph_pass.uuid()) if is_known else ""
+    uuid = graph_pass.uuid() if isinstance(graph_pass, CustomGraphPass) else None
+    return repr(uuid) if uuid else ""
 
 
 def mark_saved_pass(
@@ -232,3 +233,39 @@ def emit_structured_trace(name: str, text: str) -> None:
         metadata_fn=lambda: {"name": name, "encoding": "string"},
         payload_fn=lambda: text,
     )
+
+
+# ---- reports -------------------------------------------------------------------------
+
+
+class CallObserver(TorchDispatchMode):
+    """Shows every call of an op that is run inside, with its result, to ``note``."""
+
+    def __init__(self, note: Callable[[OpOverload, Any, Any], None]) -> None:
+        super().__init__()
+        self._note = note
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Any,  # noqa: ANN401 - any tensors
+        args: Any = (),  # noqa: ANN401
+        kwargs: Any = None,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        result = func(*args, **(kwargs or {}))
+        self._note(func, args, result)
+        return result
+
+
+def storage_key(x: Tensor) -> int:
+    """The same for tensors that share memory, fake ones too, while they live."""
+    return int(x.untyped_storage()._cdata)  # noqa: SLF001
+
+
+def register_backend(name: str, compile_graph: Callable[..., object]) -> None:
+    """Make ``torch.compile(..., backend=name)`` work, unless it does already."""
+    from torch._dynamo import list_backends  # noqa: PLC0415
+    from torch._dynamo import register_backend as register  # noqa: PLC0415
+
+    if name not in list_backends(exclude_tags=()):
+        register(compile_graph, name=name)  # type: ignore[arg-type]
