@@ -1,0 +1,49 @@
+"""A schedule as people read it: drawn, and with the bytes that each step moves."""
+
+from collections.abc import Iterator
+from itertools import accumulate
+
+from ringcompile.ir.schedule import Schedule
+from ringcompile.plan.backward import Phase, communications
+from ringcompile.plan.traffic import count_sent_rows
+from ringcompile.report.records import StepReport
+
+
+def read_steps(
+    schedule: Schedule, *, kv_bytes: int, dkv_bytes: int, length: int
+) -> Iterator[StepReport]:
+    """Yield what each step of a schedule moves; the first needs no hop and is left out.
+
+    Args:
+        schedule: what all ranks do.
+        kv_bytes: of one row of K and V, all batches and KV heads together.
+        dkv_bytes: the same of their gradients.
+        length: tokens S.
+    """
+    firsts = list(accumulate((len(p.steps) for p in schedule.parts), initial=0))
+    sent = _count_rows(schedule, length)
+    for step, part in dict.fromkeys((step, part) for _, step, part in sent):
+        kv, kv_again, dkv = (sent[phase, step, part] for phase in Phase)
+        yield StepReport(
+            part=part,
+            step=step - firsts[part],
+            forward_bytes=tuple(rows * kv_bytes for rows in kv),
+            backward_bytes=tuple(
+                rows * kv_bytes + home * dkv_bytes
+                for rows, home in zip(kv_again, dkv, strict=True)
+            ),
+        )
+
+
+def _count_rows(
+    schedule: Schedule, length: int
+) -> dict[tuple[Phase, int, int], list[int]]:
+    """Rows that each rank sends, by phase, step over all parts, and part."""
+    chunk = schedule.layout.chunk_size(length)
+    sent: dict[tuple[Phase, int, int], list[int]] = {}
+    for rank in range(schedule.cp_size):
+        for hop in communications(schedule, rank):
+            chunks, rows = count_sent_rows(schedule, hop, rank)
+            key = (hop.phase, hop.step, hop.part)
+            sent.setdefault(key, []).append(chunks * chunk + rows)
+    return sent
