@@ -45,6 +45,85 @@ def test_every_mask_on_every_layout(ranks: RankPool, world_size: int) -> None:
     )
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_rows_without_a_key_give_what_the_user_wrote(
+    ranks: RankPool, world_size: int
+) -> None:
+    masks = ("padding", "documents", "bidirectional padding")
+    check(
+        ranks,
+        world_size,
+        [
+            Case(m, layout, S, empty=EmptyRow.MEAN_ALL)
+            for m in masks
+            for layout in LAYOUTS
+            for S in (48, 37)
+        ],
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nan_rows_are_nan_and_only_they(ranks: RankPool, layout: str) -> None:
+    case = Case("padding", layout, 37, empty=EmptyRow.NAN)
+    results = ranks.run(run_cases, (case,), world_size=2)
+    out = join(case, [r[0][0] for r in results]).double()
+    assert torch.equal(out.isnan(), case.expected()[0].isnan())
+    rest = ~out.isnan()
+    torch.testing.assert_close(out[rest], case.expected()[0][rest], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_heads_dtypes_and_stages(ranks: RankPool, world_size: int) -> None:
+    check(
+        ranks,
+        world_size,
+        [
+            Case("causal", heads=(4, 4, 16, 16)),
+            Case("causal", "zigzag", heads=(4, 1, 16, 16)),
+            Case("window", heads=(4, 1, 16, 8)),
+            Case("causal", "zigzag", heads=(4, 2, 16, 8)),
+            Case("causal", "zigzag", dtype=torch.bfloat16),
+            Case("padding", "striped", 37, dtype=torch.bfloat16),
+            Case("padding", dtype=torch.bfloat16, empty=EmptyRow.MEAN_ALL),
+            Case("documents", "zigzag", 37, dtype=torch.float64),
+            Case("causal", dtype=torch.float64),
+            Case("causal", stages=1),
+            Case("causal", stages=2),
+            Case("window", "zigzag", stages=1),
+            Case("causal", any_length=True),
+            Case("causal", "zigzag", any_length=True),
+            Case("padding", "striped", any_length=True),
+        ],
+    )
+
+
+FROZEN = [
+    (needs_q, needs_k, needs_v)
+    for needs_q in (True, False)
+    for needs_k in (True, False)
+    for needs_v in (True, False)
+    if needs_q or needs_k or needs_v
+]
+
+
+def test_frozen_inputs_have_no_gradient_and_cost_no_hang(ranks: RankPool) -> None:
+    check(ranks, 3, [Case("causal", needs_grad=n) for n in FROZEN])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_patterns_are_data(ranks: RankPool, layout: str) -> None:
+    check(
+        ranks,
+        2,
+        [
+            Case(m, layout, S, heads)
+            for m in ("longnet", "local window")
+            for S in (96, 83)
+            for heads in ((4, 2, 8, 8), (4, 4, 8, 8))
+        ],
+    )
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_compiled(ranks: RankPool, world_size: int) -> None:
     check(
