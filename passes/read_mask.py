@@ -22,6 +22,7 @@ from ringcompile.ir.mask import (
     K,
     Q,
     capture,
+    conjunction,
     conjuncts,
     equals_zero,
     negate,
@@ -180,7 +181,7 @@ def straighten_runs(p: Boolean, reader: Reader) -> Boolean:
         run = _find_run(fact, reader)
         if run:
             facts = tuple(f if f == fact else run.straighten(f) for f in facts)
-    return sympy.And(*facts)
+    return conjunction(*facts)
 
 
 @dataclass(frozen=True, slots=True)

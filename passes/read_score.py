@@ -8,11 +8,10 @@ than by a factor is refused.
 import math
 from dataclasses import dataclass, replace
 
-import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 
-from ringcompile.ir.mask import TRUE, EmptyRow, negate
+from ringcompile.ir.mask import FALSE, TRUE, EmptyRow, conjunction, negate
 from ringcompile.passes.symbolic import Case, Unreadable, Value, read_cases
 
 
@@ -59,14 +58,14 @@ class Score:
         drops |= self.drops
         for old in self.drops:
             drops |= {Drop(round_to(old.number + n, dtype), False) for n in dropped}
-        keeps = sympy.And(self.keeps, kept)
+        keeps = conjunction(self.keeps, kept)
         return Score(self.scale, keeps, frozenset(drops), dtype)
 
     def fill(self, where: Boolean, number: float, dtype: torch.dtype) -> "Score":
         """Scores replaced by a number in some places."""
         _check_drops(number, dtype)
         drops = self.drops | {Drop(number, replaces=True)}
-        keeps = sympy.And(self.keeps, negate(where))
+        keeps = conjunction(self.keeps, negate(where))
         return Score(self.scale, keeps, drops, dtype)
 
     def empty_row(self, infinite: EmptyRow) -> EmptyRow:
@@ -97,7 +96,7 @@ def _split(cases: tuple[Case, ...], dtype: torch.dtype) -> tuple[Boolean, list[f
         if not isinstance(case.number, float) and not case.number.is_Integer:
             raise Unreadable(f"{case.number} is added to scores")
         numbers[float(case.number)] = case.when
-    kept = numbers.pop(0.0, sympy.false)
+    kept = numbers.pop(0.0, FALSE)
     for number in numbers:
         _check_drops(number, dtype)
     return kept, list(numbers)

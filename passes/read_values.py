@@ -30,6 +30,8 @@ from ringcompile.passes.value_views import VIEWS, Call
 
 aten = torch.ops.aten
 
+# Expressions are evaluated in the dtype of what they read: narrower ints would wrap.
+_CAPTURED = (torch.bool, torch.int32, torch.int64)
 _MAY_ALIAS = {*VIEWS, aten.to, aten.type_as} - {aten.clone}
 
 
@@ -127,7 +129,8 @@ class Reader:
     # ---- what may be captured --------------------------------------------------------
 
     def _can_capture(self, node: Node) -> bool:
-        return is_tensor(node) and not is_float(node) and self._is_replicated(node)
+        dtype = node.meta["val"].dtype
+        return dtype in _CAPTURED and self._is_replicated(node)
 
     def _is_replicated(self, node: Node) -> bool:
         """Whether it follows from integers and bools only, the same on every rank."""

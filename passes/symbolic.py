@@ -17,7 +17,15 @@ import torch
 from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 
-from ringcompile.ir.mask import FALSE, TRUE, at_least_zero, equals_zero, negate
+from ringcompile.ir.mask import (
+    FALSE,
+    TRUE,
+    at_least_zero,
+    conjunction,
+    disjunction,
+    equals_zero,
+    negate,
+)
 from ringcompile.torch_private import sizes_equal
 
 Size: TypeAlias = int | torch.SymInt
@@ -123,7 +131,7 @@ def read_truth(content: Content) -> Boolean:
     """Where a content is not zero."""
     if not isinstance(content, tuple):
         return content
-    return sympy.Or(*(sympy.And(c.when, _is_nonzero(c.number)) for c in content))
+    return disjunction(*(conjunction(c.when, _is_nonzero(c.number)) for c in content))
 
 
 def _is_nonzero(number: Number) -> Boolean:
@@ -136,15 +144,15 @@ def choose(when: Boolean, then: Content, otherwise: Content) -> Content:
     """``then`` where ``when`` holds, else ``otherwise``."""
     if not isinstance(then, tuple) and not isinstance(otherwise, tuple):
         return either(when, then, otherwise)
-    cases = [Case(sympy.And(when, c.when), c.number) for c in read_cases(then)]
+    cases = [Case(conjunction(when, c.when), c.number) for c in read_cases(then)]
     rest = negate(when)
-    cases += [Case(sympy.And(rest, c.when), c.number) for c in read_cases(otherwise)]
+    cases += [Case(conjunction(rest, c.when), c.number) for c in read_cases(otherwise)]
     return merge_cases(cases)
 
 
 def either(when: Boolean, then: Boolean, otherwise: Boolean) -> Boolean:
     """``then`` where ``when`` holds, else ``otherwise``, of predicates."""
-    return sympy.Or(sympy.And(when, then), sympy.And(negate(when), otherwise))
+    return disjunction(conjunction(when, then), conjunction(negate(when), otherwise))
 
 
 def merge_cases(cases: Iterable[Case]) -> tuple[Case, ...]:
@@ -154,7 +162,7 @@ def merge_cases(cases: Iterable[Case]) -> tuple[Case, ...]:
         if case.when == FALSE:
             continue
         key = math.nan if _is_nan(case.number) else case.number
-        merged[key] = sympy.Or(merged.get(key, FALSE), case.when)
+        merged[key] = disjunction(merged.get(key, FALSE), case.when)
     if len(merged) > MAX_CASES:
         raise Unreadable(f"it takes more than {MAX_CASES} different values")
     return tuple(Case(when, number) for number, when in merged.items())
@@ -191,13 +199,13 @@ def map_atoms(p: Boolean, change: Callable[[sympy.Expr], sympy.Expr]) -> Boolean
     if p in (TRUE, FALSE):
         return p
     if isinstance(p, (sympy.And, sympy.Or)):
-        return p.func(*(map_atoms(a, change) for a in p.args))
+        join = conjunction if isinstance(p, sympy.And) else disjunction
+        return join(*(map_atoms(a, change) for a in p.args))
     if isinstance(p, sympy.Ge):
         return at_least_zero(change(p.lhs))
-    if isinstance(p, sympy.Eq):
-        return equals_zero(change(p.lhs))
-    assert isinstance(p, sympy.Ne), f"not an atom of a mask: {p}"
-    return negate(equals_zero(change(p.lhs)))
+    same = equals_zero(change(p.lhs))
+    assert isinstance(p, (sympy.Eq, sympy.Ne)), f"not an atom of a mask: {p}"
+    return same if isinstance(p, sympy.Eq) else negate(same)
 
 
 def captures_in(e: sympy.Basic) -> set[AppliedUndef]:

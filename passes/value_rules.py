@@ -19,7 +19,15 @@ from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Node
 
-from ringcompile.ir.mask import FALSE, TRUE, at_least_zero, equals_zero, negate
+from ringcompile.ir.mask import (
+    FALSE,
+    TRUE,
+    at_least_zero,
+    conjunction,
+    disjunction,
+    equals_zero,
+    negate,
+)
 from ringcompile.passes.symbolic import (
     Case,
     Content,
@@ -194,13 +202,13 @@ def elementwise(call: Call) -> Content:
     choices = [read_cases(x.broadcast(ndim)) for x in tensors]
     results = []
     for chosen in product(*choices):
-        when = sympy.And(*(c.when for c in chosen))
+        when = conjunction(*(c.when for c in chosen))
         if when != FALSE:
             numbers = [c.number for c in chosen]
             results.append(Case(when, _apply(call, tensors, numbers)))
     if call.dtype is not torch.bool:
         return merge_cases(results)
-    return sympy.Or(*(sympy.And(c.when, _as_predicate(c.number)) for c in results))
+    return disjunction(*(conjunction(c.when, _as_predicate(c.number)) for c in results))
 
 
 def _as_predicate(truth: Number | Boolean) -> Boolean:
@@ -428,12 +436,12 @@ RULES: dict[OpOverloadPacket, Rule] = {
     aten.zeros: _zeros,
     aten.zeros_like: _zeros,
     aten.new_zeros: _zeros,
-    aten.__and__: _logical(sympy.And, bitwise=True),
-    aten.bitwise_and: _logical(sympy.And, bitwise=True),
-    aten.logical_and: _logical(sympy.And, bitwise=False),
-    aten.__or__: _logical(sympy.Or, bitwise=True),
-    aten.bitwise_or: _logical(sympy.Or, bitwise=True),
-    aten.logical_or: _logical(sympy.Or, bitwise=False),
+    aten.__and__: _logical(conjunction, bitwise=True),
+    aten.bitwise_and: _logical(conjunction, bitwise=True),
+    aten.logical_and: _logical(conjunction, bitwise=False),
+    aten.__or__: _logical(disjunction, bitwise=True),
+    aten.bitwise_or: _logical(disjunction, bitwise=True),
+    aten.logical_or: _logical(disjunction, bitwise=False),
     aten.__xor__: _logical(_differ, bitwise=True),
     aten.bitwise_xor: _logical(_differ, bitwise=True),
     aten.logical_xor: _logical(_differ, bitwise=False),

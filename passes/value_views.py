@@ -191,11 +191,19 @@ def map_reshape(old: Sequence[Size], new: Sequence[Size]) -> list[Expr]:
         place = _flatten(new_dims, new)
         stride: Expr = sympy.S.One
         for dim in reversed(old_dims):
+            if not stride.is_Integer:
+                raise Unreadable(f"a reshape by the unknown size {stride}")
             at = sympy.floor(place / stride)
             size = read_integer(old[dim])
-            index[dim] = at if dim == old_dims[0] else sympy.Mod(at, size)
+            index[dim] = at if dim == old_dims[0] else _remainder(at, size)
             stride = stride * size
     return index
+
+
+def _remainder(x: Expr, size: Expr) -> Expr:
+    if not size.is_Integer:
+        raise Unreadable(f"a reshape by the unknown size {size}")
+    return sympy.Mod(x, size)
 
 
 def _flatten(dims: Sequence[int], shape: Sequence[Size]) -> Expr:
