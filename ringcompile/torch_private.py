@@ -242,7 +242,7 @@ class CallObserver(TorchDispatchMode):
     """Shows every call of an op that is run inside, with its result, to ``note``."""
 
     def __init__(self, note: Callable[[OpOverload, Any, Any], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._note = note
 
     def __torch_dispatch__(
