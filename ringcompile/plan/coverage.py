@@ -9,6 +9,7 @@ the head, the batch, the captures and (where unknown) the length; PARTIAL may be
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import sympy
 from sympy.logic.boolalg import Boolean
@@ -195,8 +196,7 @@ def _find_bounds(p: Boolean) -> tuple[_Bound, ...]:
 # Values: base + i * q_row + j * k_row + something between low and high.
 
 
-@dataclass(frozen=True, slots=True)
-class _Value:
+class _Value(NamedTuple):
     base: Edge
     i: int = 0
     j: int = 0
@@ -210,12 +210,17 @@ class _Value:
 
     def ends(self, q: Span, k: Span) -> tuple[Edge | None, Edge | None]:
         """The least and the greatest value over the box; None for no bound."""
+        (low_a, low_b), (high_a, high_b) = self.base, self.base
+        for step, (a, b) in ((self.i, q.count), (self.j, k.count)):
+            if step < 0:
+                low_a, low_b = low_a + step * a, low_b + step * (b - 1)
+            elif step > 0:
+                high_a, high_b = high_a + step * a, high_b + step * (b - 1)
         low, high = self.low, self.high
-        for step, count in ((self.i, q.count), (self.j, k.count)):
-            reach = _times(step, (count[0], count[1] - 1))
-            low = low and _add(low, reach if step < 0 else (0, 0))
-            high = high and _add(high, reach if step > 0 else (0, 0))
-        return low and _add(low, self.base), high and _add(high, self.base)
+        return (
+            low and (low[0] + low_a, low[1] + low_b),
+            high and (high[0] + high_a, high[1] + high_b),
+        )
 
 
 class _UnknownLengthError(Exception):
@@ -223,8 +228,9 @@ class _UnknownLengthError(Exception):
 
 
 def _value(x: _Sum, q: Span, k: Span) -> _Value:
+    (a, b), (c, d) = q.start, k.start
     total = _Value(
-        _add((0, x.constant), _add(_times(x.q, q.start), _times(x.k, k.start))),
+        (x.q * a + x.k * c, x.constant + x.q * b + x.k * d),
         i=0 if q.count == (0, 1) else x.q * q.stride,
         j=0 if k.count == (0, 1) else x.k * k.stride,
     )
@@ -308,7 +314,7 @@ def _join_all(
     if None in decisions:
         return None
     undecided = tuple(p for d in decisions if d is not None for p in d.undecided)
-    if any(_is_missed(bound, q, k) for bound in bounds):
+    if len(undecided) > 1 and any(_is_missed(bound, q, k) for bound in bounds):
         return _EMPTY
     return Decision(Coverage.PARTIAL, undecided) if undecided else _FULL
 

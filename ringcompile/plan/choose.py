@@ -1,0 +1,61 @@
+"""The layout for ``layout="auto"``: the cheapest by the cost model, and why."""
+
+from collections.abc import Sequence
+
+from ringcompile.ir.layout import Layout
+from ringcompile.ir.mask import Mask
+from ringcompile.plan.cost import CPU, Machine, Sizes, estimate_seconds
+from ringcompile.plan.stages import build_schedule
+
+# Simplest first. striped never costs less than zigzag by more than the model's error.
+_CANDIDATES = ("contiguous", "zigzag")
+_CLOSE = 0.03  # the model is no better than this; a closer call goes to the simpler
+
+
+def choose_layout(
+    masks: Sequence[Mask],
+    cp_size: int,
+    length: int,
+    *,
+    sizes: Sizes | None = None,
+    machine: Machine = CPU,
+) -> tuple[Layout, str]:
+    """Choose one layout for all attentions of a sequence.
+
+    Args:
+        masks: the mask of each attention.
+        cp_size: number of ranks.
+        length: tokens S, or a typical S.
+        sizes: sizes of the attentions; None for 32 heads of 128, 8 for KV.
+        machine: the rates to reckon with.
+
+    Returns:
+        The layout, contiguous where zigzag gains nothing, and the reason in words.
+    """
+    if cp_size == 1:
+        return Layout("contiguous", 1), "one rank"
+    sizes = sizes or Sizes()
+    seconds = {
+        name: sum(
+            estimate_seconds(
+                build_schedule([(mask, None)], Layout(name, cp_size), length),
+                length,
+                sizes=sizes,
+                machine=machine,
+            )
+            for mask in masks
+        )
+        for name in _CANDIDATES
+    }
+    least = min(seconds.values())
+    name = next(n for n in _CANDIDATES if seconds[n] <= least * (1 + _CLOSE))
+    return Layout(name, cp_size), _format_reason(name, seconds)
+
+
+def _format_reason(name: str, seconds: dict[str, float]) -> str:
+    relative = ", ".join(
+        f"{other} {cost / seconds[name]:.2f}x"
+        for other, cost in seconds.items()
+        if other != name
+    )
+    return f"{name} costs least by the model ({relative})"

@@ -1,0 +1,89 @@
+"""Traffic: how many rows, and so how many bytes, each rank sends.
+
+Formulas are sympy expressions in the sizes of a call, so one report serves all of them.
+Invariant: what a rank is said to send, its peers are said to receive.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import sympy
+
+from ringcompile.ir.layout import Edge, Layout
+from ringcompile.ir.schedule import Schedule, Selection
+from ringcompile.plan.backward import Communication, Phase, communications
+from ringcompile.plan.selection import selected_rows
+
+BATCH, KV_HEADS, LENGTH = sympy.symbols("B G S", positive=True, integer=True)
+HEAD_SIZE, VALUE_SIZE = sympy.symbols("D E", positive=True, integer=True)
+ITEM_BYTES = sympy.Symbol("item_bytes", positive=True, integer=True)
+GRAD_BYTES = 4  # dKV travels as float32 whatever the model's dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes that one rank sends for one attention.
+
+    Attributes:
+        forward: KV, in ``B, G, S, D, E`` and ``item_bytes``.
+        backward: KV again, and dKV in float32.
+    """
+
+    forward: sympy.Expr
+    backward: sympy.Expr
+
+    def resolve(self, sizes: dict[sympy.Symbol, int]) -> tuple[int, int]:
+        """Both as numbers."""
+        forward, backward = self.forward.subs(sizes), self.backward.subs(sizes)
+        return int(forward), int(backward)
+
+
+def bytes_per_rank(schedule: Schedule) -> tuple[Traffic, ...]:
+    """What each rank sends, in rank order."""
+    return tuple(_bytes_of(schedule, rank) for rank in range(schedule.cp_size))
+
+
+def _bytes_of(schedule: Schedule, rank: int) -> Traffic:
+    totals = dict.fromkeys(Phase, sympy.Integer(0))
+    chunk = LENGTH / schedule.layout.num_chunks
+    if schedule.length is not None:
+        chunk = sympy.Integer(schedule.layout.chunk_size(schedule.length))
+    for hop in communications(schedule, rank):
+        chunks, rows = count_sent_rows(schedule, hop, rank)
+        totals[hop.phase] += chunks * chunk + rows
+    per_row = BATCH * KV_HEADS * (HEAD_SIZE + VALUE_SIZE)
+    backward = totals[Phase.BACKWARD_KV] * ITEM_BYTES
+    backward += totals[Phase.BACKWARD_DKV] * GRAD_BYTES
+    return Traffic(
+        sympy.expand(totals[Phase.FORWARD_KV] * ITEM_BYTES * per_row),
+        sympy.expand(backward * per_row),
+    )
+
+
+def count_sent_rows(schedule: Schedule, hop: Communication, rank: int) -> Edge:
+    """Rows per KV head that ``rank`` sends in one hop, affine in the chunk length."""
+    if hop.sent is None:
+        return 0, 0
+    selection = schedule.parts[hop.part].selection
+    if selection is not None:
+        is_home = hop.phase is Phase.BACKWARD_DKV
+        owner, reader = (hop.dst, rank) if is_home else (rank, hop.dst)
+        assert schedule.length is not None, "selected rows are those of one length"
+        ends = (owner, reader, schedule.length)
+        return 0, _count_selected(selection, schedule.layout, *ends)
+    (a, b), (c, d) = hop.sent.start, hop.sent.stop
+    return c - a, d - b
+
+
+@lru_cache(maxsize=4096)
+def _count_selected(
+    selection: Selection, layout: Layout, owner: int, reader: int, length: int
+) -> int:
+    """The most that any KV head has: the others are filled up to it."""
+    rows = selected_rows(
+        selection,
+        layout.positions(owner, length),
+        length=length,
+        for_positions=layout.positions(reader, length),
+    )
+    return max(1, *map(len, rows))
