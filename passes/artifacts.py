@@ -1,25 +1,56 @@
-"""What a compile leaves behind for tools: structured-trace artifacts and dumps."""
+"""What a compile leaves behind for tools: structured-trace artifacts and dumps.
+
+Invariant: both hold the same texts. tlparse shows the artifacts ``ringcompile.<pass>``
+and ``ringcompile.schedules``; the folder ``RINGCOMPILE_DUMP`` gets the graph before and
+after each pass, in files that sort by rank, graph and pass.
+"""
+
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
 
 from ringcompile.config import Environment
 from ringcompile.passes.pipeline import Rewritten
 from ringcompile.torch_private import emit_structured_trace
+
+_graph_numbers = count()
 
 
 def emit_artifacts(made: Rewritten, *, rank: int) -> None:
     """Write the graph after each pass, and every schedule, to trace and dump folder.
 
     Args:
-        made: what the passes made.
+        made: what the passes made of one graph.
         rank: named in file names, since ranks share a folder.
     """
-    texts = {
-        f"{i:02d}.{name}": text for i, (name, text) in enumerate(made.texts.items())
-    }
-    schedules = {a.plan.schedule: a.plan.name for a in made.attentions}
-    texts["schedules"] = "\n".join(f"{name}\n{s}" for s, name in schedules.items())
-    folder = Environment.read().dump_dir
-    for name, text in texts.items():
+    schedules = _format_schedules(made)
+    for name, text in (*made.texts.items(), ("schedules", schedules)):
         emit_structured_trace(f"ringcompile.{name}", text)
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"rank{rank}.{name}.txt").write_text(text)
+    folder = Environment.read().dump_dir
+    if folder is not None:
+        prefix = f"rank{rank}.graph{next(_graph_numbers):02d}"
+        files = {**dict(_name_files(made)), "schedules.txt": schedules}
+        _write(folder, {f"{prefix}.{name}": text for name, text in files.items()})
+
+
+def _format_schedules(made: Rewritten) -> str:
+    """Each schedule once, under the attentions that run it."""
+    names: dict[str, list[str]] = {}
+    for attention in made.attentions:
+        names.setdefault(str(attention.plan.schedule), []).append(attention.plan.name)
+    return "\n".join("\n".join([*who, text, ""]) for text, who in names.items())
+
+
+def _name_files(made: Rewritten) -> Iterator[tuple[str, str]]:
+    before = None
+    for number, (name, text) in enumerate(made.texts.items()):
+        if before is not None:
+            yield f"{number:02d}.{name}.before.txt", before
+        yield f"{number:02d}.{name}.after.txt", text
+        before = text
+
+
+def _write(folder: Path, files: dict[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(text)
