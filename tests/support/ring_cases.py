@@ -85,13 +85,16 @@ class Case:
         """out, dq, dk and dv by the dense reference, in float64."""
         q, k, v, grad = (x.double() for x in self.tensors())
         inputs = [x.requires_grad_() for x in (q, k, v)]
-        shape = (2, self.heads[0], self.length)
-        kept: Tensor | int = 0
-        for mask, _ in self.parts:
-            kept = kept + dense.keeps(mask, self.captures, shape).long()
-        assert isinstance(kept, Tensor)
-        out = dense.attend(q, k, v, kept, SCALE, self.empty)
+        out = self.attend_dense(*inputs)
         return out.detach(), *torch.autograd.grad(out, inputs, grad)
+
+    def attend_dense(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The attention of all rows, densely."""
+        shape = (2, self.heads[0], self.length)
+        kept = torch.stack(
+            [dense.keeps(mask, self.captures, shape) for mask, _ in self.parts]
+        ).sum(0)
+        return dense.attend(q, k, v, kept, SCALE, self.empty)
 
 
 Parts = list[tuple[Mask, Selection | None]]

@@ -1,10 +1,12 @@
 """The models of the spine: unmodified Hugging Face models with random weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 VOCABULARY = 131
@@ -67,9 +69,15 @@ def _gpt2(attention: str) -> nn.Module:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     config._attn_implementation = attention
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    # Unset, transformers logs that it takes this one, and logging breaks the graph.
+    model.loss_type = "ForCausalLM"
+    assert isinstance(model, nn.Module)
+    return model
 
 
 def _bert(attention: str) -> nn.Module:
@@ -174,4 +182,26 @@ def run_step(model: nn.Module, call: Callable[..., Any], inputs: Inputs) -> Outc
 def run_reference(row: SpineModel, attention: str, inputs: Inputs) -> Outcome:
     """The same step in eager float64."""
     model = build_model(row, attention, torch.float64)
-    return run_step(model, model, inputs)
+    with _float64_softmax():
+        return run_step(model, model, inputs)
+
+
+@contextmanager
+def _float64_softmax() -> Iterator[None]:
+    """Leave float64 scores float64.
+
+    transformers' eager attention asks for a float32 softmax, which cuts float64 scores
+    down, and turns masked ones (``finfo(float64).min``) to -inf: NaN in empty rows.
+    """
+    softmax = F.softmax
+
+    def keep_float64(x: Tensor, dim: int, **options: Any) -> Tensor:  # noqa: ANN401
+        if x.dtype == torch.float64:
+            options.pop("dtype", None)
+        return softmax(x, dim, **options)
+
+    F.softmax = keep_float64  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.softmax = softmax
