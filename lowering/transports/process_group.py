@@ -80,15 +80,16 @@ class TimedWork(Work):
 
 
 def _transport_error(place: _Place, name: str, error: Exception) -> TransportError:
-    reason = (str(error).splitlines() or [""])[0]
-    is_late = "timed out" in reason.lower() or "timeout" in reason.lower()
+    reason = (str(error).splitlines() or [""])[0].rpartition("] ")[2]  # no file, line
+    is_late = "timed out" in reason.lower()
     return TransportError(
-        f"{name} did not finish within {place.timeout_s:g} s"
+        f"{name} did not finish within timeout_s={place.timeout_s:g}"
         if is_late
         else f"{name} failed",
         at=f"rank {place.rank}, {Tag.decode(place.tag)}",
-        because=f"that rank is stopped, slow or gone ({reason})",
-        instead="look at that rank's own error; a larger timeout_s if it is only slow",
+        because="a peer is stopped or slow" if is_late else f"a peer is gone: {reason}",
+        instead="look for the first error on the other ranks"
+        + ("; a larger timeout_s if one is only slow" if is_late else ""),
     )
 
 
@@ -119,13 +120,16 @@ def _hop(  # noqa: PLR0913, PLR0917 - the op's schema
     requests += [dist.P2POp(dist.irecv, x, None, group, tag, src) for x in receives]
     if not requests:
         return received
-    works = dist.batch_isend_irecv(requests)
+    place = _Place(dist.get_rank(group), tag, timeout_s)
     names = [f"send to rank {dst}"] * len(sends)
     names += [f"receive from rank {src}"] * len(receives)
+    try:
+        works = dist.batch_isend_irecv(requests)
+    except RuntimeError as error:  # gloo knows already that a peer is gone
+        raise _transport_error(place, " and ".join(dict.fromkeys(names)), error) from error
     if len(works) < len(names):  # NCCL: one work for all
         names = [" and ".join(dict.fromkeys(names))] * len(works)
     transfers = [_Transfer(w, n) for w, n in zip(works, names, strict=True)]
-    place = _Place(dist.get_rank(group), tag, timeout_s)
     work = TimedWork(place, transfers, sends)
     for x in received:
         register_work(x, work)

@@ -1,0 +1,92 @@
+"""What compilers do to a ring unless cured (FACTS.md section 2.3), cured and not."""
+
+import pytest
+from support.ranks import RankPool
+from support.ring_cases import Case, join
+from support.ring_trace import (
+    Trace,
+    expected,
+    trace,
+    trace_checkpointed,
+    trace_compiling_checkpointed,
+)
+from support.tolerances import assert_gradients_equal, assert_output_equal
+
+# Values of other size than keys take the kernel that the trace can watch.
+CASE = Case("causal", heads=(4, 2, 8, 16))
+
+
+def is_overlapped(trace: Trace, hop: str) -> bool:
+    """Whether something is computed between a hop's start and its wait."""
+    events = trace.events
+    start, wait = events.index(f"start {hop}"), events.index(f"wait {hop}")
+    return "compute" in events[start:wait]
+
+
+def check_results(traces: list[Trace]) -> None:
+    out, *grads = (
+        join(CASE, list(shards)) for shards in zip(*(t.results for t in traces), strict=True)
+    )
+    want_out, *want_grads = expected(CASE)
+    assert_output_equal(out, want_out)
+    names = ("dq", "dk", "dv")
+    assert_gradients_equal(dict(zip(names, grads)), dict(zip(names, want_grads)))
+
+
+FORWARD = ["attention 3, forward KV, step 1", "attention 3, forward KV, step 2"]
+BACKWARD = [
+    "attention 3, backward KV, step 1",
+    "attention 3, backward KV, step 2",
+    "attention 3, backward dKV, step 1",
+    "attention 3, backward dKV, step 2",
+]
+
+
+@pytest.fixture(scope="module")
+def cured(ranks: RankPool) -> list[Trace]:
+    return ranks.run(trace, CASE, world_size=3)
+
+
+def test_all_ranks_emit_the_same_tags(cured: list[Trace]) -> None:
+    assert [t.tags for t in cured] == [[FORWARD, BACKWARD]] * 3
+    check_results(cured)
+
+
+def test_received_kv_are_not_saved(ranks: RankPool, cured: list[Trace]) -> None:
+    B, H, G, T, D, E = 2, 4, 2, CASE.length // 3, 8, 16
+    rows = B * T * 4
+    saved = rows * (2 * (H * D + G * (D + E)) + H * E + H)  # inputs, sines, out, lse
+    assert all(saved <= t.saved_bytes <= 1.01 * saved for t in cured)
+    traces = ranks.run(trace, CASE, ("tangent",), world_size=3)
+    received = rows * G * (D + E)
+    assert traces[2].saved_bytes > saved + 2 * received * 3 // 4
+    assert traces[2].tags[1] == BACKWARD[2:]  # KV was fetched again in forward
+
+
+def test_a_tangent_alone_orders_and_tags_keep_phases_apart(ranks: RankPool) -> None:
+    traces = ranks.run(trace, CASE, ("tangent", "tag"), world_size=3)
+    assert traces[2].tags == [FORWARD, BACKWARD[2:]]  # KV is what forward received
+
+
+def test_hops_fly_while_tiles_are_computed(ranks: RankPool, cured: list[Trace]) -> None:
+    for hop in (*FORWARD, *BACKWARD[:3]):
+        assert is_overlapped(cured[2], hop), hop
+    reordered = ranks.run(trace, CASE, ("order",), world_size=3)
+    assert not is_overlapped(reordered[2], BACKWARD[0])
+
+
+def test_checkpointing_replays_no_hop(ranks: RankPool) -> None:
+    traces = ranks.run(trace_checkpointed, CASE, world_size=3)
+    assert [t.tags for t in traces] == [[FORWARD, BACKWARD]] * 3
+    check_results(traces)
+
+
+def test_checkpointing_replays_hops_unless_results_are_kept(ranks: RankPool) -> None:
+    traces = ranks.run(trace_checkpointed, CASE, ("keep",), world_size=3)
+    assert traces[2].tags[1][:2] == FORWARD
+
+
+def test_checkpointing_tears_ranks_apart_unless_cured(ranks: RankPool) -> None:
+    uncured = ("keep", "touch")
+    traces = ranks.run(trace_compiling_checkpointed, CASE, uncured, world_size=3)
+    assert traces[0].tags != traces[2].tags
