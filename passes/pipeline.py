@@ -10,8 +10,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ringcompile.passes.find_attention import find_attention
-from ringcompile.plan.choose import choose_layout
 from torch import SymInt
 from torch.fx import GraphModule, Node
 
@@ -24,7 +22,9 @@ from ringcompile.ir.reshard import ReshardSpec, format_spec
 from ringcompile.ir.schedule import Schedule, Selection
 from ringcompile.ir.text import format_plan
 from ringcompile.mesh import Ranks
+from ringcompile.passes.caches import CACHE_ADVICE, find_cache_outputs
 from ringcompile.passes.emitter import AxisLayout
+from ringcompile.passes.find_attention import find_attention
 from ringcompile.passes.op import shape_of
 from ringcompile.passes.propagate_layout import Placements, propagate_layout
 from ringcompile.passes.raise_attention import raise_attention
@@ -32,11 +32,12 @@ from ringcompile.passes.regions import Refusal, Region
 from ringcompile.passes.rewrite import Gathered, Sharding, rewrite
 from ringcompile.passes.shadow import trace_shadow
 from ringcompile.passes.text import format_graph
+from ringcompile.plan.choose import choose_layout
 from ringcompile.plan.coverage import DependsOnLength
 from ringcompile.plan.stages import build_schedule
 from ringcompile.torch_private import observe_pass, size_hint
 
-log = logging.getLogger("ringcompile")
+log = logging.getLogger(__name__)
 
 PartSpec = tuple[Mask, Selection | None]
 
@@ -127,6 +128,7 @@ def run_passes(
         with observe_pass(made.gm, "rewrite"):
             sharding = _read_sharding(options, ranks, axes)
             made.gm, made.gathered = rewrite(made.gm, placements, texts, sharding)
+        _warn_of_cache_outputs(regions, options)
     _note(made, "rewrite")
     _warn_of_gathers(made.gathered, options)
     return made
@@ -166,6 +168,11 @@ def _warn_of_gathers(gathered: Sequence[Gathered], options: RingOptions) -> None
         if options.unsupported == "error":
             raise error
         warnings.warn(f"gathers: {error}", stacklevel=2)
+
+
+def _warn_of_cache_outputs(regions: Sequence[Region], options: RingOptions) -> None:
+    if options.outputs == "gathered" and find_cache_outputs(regions):
+        warnings.warn(CACHE_ADVICE, stacklevel=2)
 
 
 def _read_sharding(

@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ringcompile.errors import RingCompileError
+from ringcompile.passes.places import find_place
 from ringcompile.torch_private import fake_inputs
 
 # Higher-order op -> how many leading arguments are not operands of its body.
@@ -126,9 +127,5 @@ def _meta(entries: dict[str, object]) -> Iterator[None]:
 
 def where(node: Node) -> str:
     """The user's ``file:line`` that made ``node``, and the node's name."""
-    trace = node.meta.get("stack_trace") or ""
-    lines = [t.strip() for t in trace.splitlines() if t.strip().startswith("File ")]
-    if not lines:
-        return node.name
-    file, line, *_ = lines[-1].removeprefix("File ").split(", ")
-    return f"{file.strip(chr(34))}:{line.removeprefix('line ')} ({node.name})"
+    line = find_place(node).line
+    return node.name if line == node.name else f"{line} ({node.name})"
