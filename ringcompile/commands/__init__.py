@@ -1,0 +1,1 @@
+"""What ``python -m ringcompile`` can do, one module for each command."""

@@ -1,0 +1,162 @@
+"""``plan`` and ``simulate``: one attention's schedule, drawn, weighed and tried out."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import Tensor
+
+from ringcompile.ir.layout import Layout
+from ringcompile.ir.mask import Mask
+from ringcompile.ir.schedule import Schedule
+from ringcompile.plan.check import check_schedule
+from ringcompile.plan.choose import choose_layout
+from ringcompile.plan.cost import CPU, H200, Machine, Sizes, estimate_seconds
+from ringcompile.plan.coverage import DependsOnLength
+from ringcompile.plan.simulate import simulate
+from ringcompile.plan.stages import build_schedule
+from ringcompile.plan.traffic import GRAD_BYTES, bytes_per_rank
+from ringcompile.reference import attention
+from ringcompile.report.schedules import read_steps
+from ringcompile.report.text import format_steps
+
+MACHINES: dict[str, Machine] = {"cpu": CPU, "h200": H200}
+TOLERANCE = 1e-12
+"""Of the largest value: both sides are float64, and only sums are ordered otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """The attention that is asked about.
+
+    Attributes:
+        mask: the pairs that count.
+        layout: ``auto``, ``contiguous``, ``zigzag`` or ``striped``.
+        ranks: P.
+        length: tokens S.
+        sizes: of the attention.
+        num_stages: steps are grouped into this many; None: a stage for each.
+        machine: ``cpu`` or ``h200``.
+    """
+
+    mask: Mask
+    layout: str
+    ranks: int
+    length: int
+    sizes: Sizes
+    num_stages: int | None = None
+    machine: str = "cpu"
+
+    def plan(self) -> tuple[Schedule, str]:
+        """The schedule, and why it has its layout."""
+        machine = MACHINES[self.machine]
+        layout, reason = choose_layout(
+            [self.mask], self.ranks, self.length, sizes=self.sizes, machine=machine
+        )
+        if self.layout != "auto":
+            layout, reason = Layout(self.layout, self.ranks), "as asked"
+        parts = [(self.mask, None)]
+        is_even = self.length % layout.num_chunks == 0
+        try:
+            length = None if is_even else self.length
+            schedule = build_schedule(parts, layout, length, num_stages=self.num_stages)
+        except DependsOnLength:
+            schedule = build_schedule(
+                parts, layout, self.length, num_stages=self.num_stages
+            )
+        check_schedule(schedule)
+        return schedule, reason
+
+
+def format_plan_answer(question: Question) -> str:
+    """Write the schedule, what each step moves, and what the cost model says."""
+    schedule, reason = question.plan()
+    sizes, length = question.sizes, question.length
+    row = sizes.elements_per_row
+    steps = read_steps(
+        schedule,
+        kv_bytes=row * sizes.item_bytes,
+        dkv_bytes=row * max(GRAD_BYTES, sizes.item_bytes),
+        length=length,
+    )
+    seconds = estimate_seconds(
+        schedule, length, sizes=sizes, machine=MACHINES[question.machine]
+    )
+    serves = "every S without padding" if schedule.length is None else f"S = {length}"
+    return "\n".join(
+        [
+            str(schedule),
+            f"  layout: {reason}; checked; serves {serves}",
+            *format_steps(tuple(steps)),
+            *_format_formulas(schedule),
+            f"  forward and backward on {MACHINES[question.machine].name}, by the cost"
+            f" model: {_format_seconds(seconds)}",
+        ]
+    )
+
+
+def _format_seconds(seconds: float) -> str:
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def _format_formulas(schedule: Schedule) -> Iterator[str]:
+    """Bytes in the sizes of a call; ranks of one formula are told once."""
+    if schedule.cp_size == 1:
+        return
+    by_text: dict[str, list[int]] = {}
+    for rank, traffic in enumerate(bytes_per_rank(schedule)):
+        there, back = sympy.factor(traffic.forward), sympy.factor(traffic.backward)
+        text = f"forward {there}, backward {back}"
+        by_text.setdefault(text, []).append(rank)
+    yield "  bytes sent for B batches, G KV heads, S tokens, D and E features:"
+    for text, ranks in by_text.items():
+        yield f"    rank {', '.join(map(str, ranks))}: {text}"
+
+
+def simulate_answer(question: Question) -> tuple[str, bool]:
+    """Run all ranks in this process, in float64, against the dense reference.
+
+    Returns:
+        The errors as text, and whether they are those of rounding.
+    """
+    schedule, _ = question.plan()
+    q, k, v, grad_out = _make_tensors(question)
+    got = simulate(schedule, q, k, v, grad_out=grad_out)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = attention(*leaves, mask=question.mask)
+    dq, dk, dv = torch.autograd.grad(out, leaves, grad_out)
+    pairs = {
+        "out": (got.out, out.detach()),
+        "dq": (got.dq, dq),
+        "dk": (got.dk, dk),
+        "dv": (got.dv, dv),
+    }
+    errors = {name: _error(a, b) for name, (a, b) in pairs.items()}
+    is_right = all(error <= TOLERANCE for error in errors.values())
+    lines = [str(schedule), "  errors against the dense reference, float64:"]
+    lines += [f"    {name:3} {error:.1e}" for name, error in errors.items()]
+    lines.append("  right" if is_right else f"  WRONG: more than {TOLERANCE:g}")
+    return "\n".join(lines), is_right
+
+
+def _make_tensors(question: Question) -> tuple[Tensor, ...]:
+    sizes = question.sizes
+    generator = torch.Generator().manual_seed(0)
+    heads = (sizes.num_heads, sizes.num_kv_heads, sizes.num_kv_heads, sizes.num_heads)
+    return tuple(
+        torch.randn(
+            (sizes.batch, n, question.length, sizes.head_size),
+            dtype=torch.float64,
+            generator=generator,
+        )
+        for n in heads
+    )
+
+
+def _error(got: Tensor, want: Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    return ((got - want).abs().max() / want.abs().max().clamp(min=1e-300)).item()
