@@ -209,7 +209,10 @@ def _parse_tokens(token: str, tokens: Iterator[str]) -> sympy.Basic:
     if token != "(":
         return _SYMBOLS.get(token) if token in _SYMBOLS else sympy.Integer(token)
     head = next(tokens)
-    args = [_parse_tokens(t, tokens) for t in iter(tokens.__next__, ")")]
+    args: list[sympy.Basic] = []
+    while (token := next(tokens, "")) != ")":
+        assert token, f"an s-expression ({head} without its end"
+        args.append(_parse_tokens(token, tokens))
     if head == "floor":
         x, n = args
         return sympy.floor(x / n)

@@ -1,0 +1,182 @@
+"""What every pattern computes, dense and in float64, written from SEMANTICS.md.
+
+Tests compare with this and with no other implementation. Invariant: nothing here knows
+of ranks, layouts or schedules; gradients are autograd's.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from sympy.logic.boolalg import Boolean
+from torch import Tensor
+
+from ringcompile.ir.mask import TRUE, EmptyRow, Mask, evaluate
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | Boolean = TRUE,
+    captures: Sequence[Tensor] = (),
+    scale: float | None = None,
+) -> Tensor:
+    """Exact attention (section 1).
+
+    Args:
+        q: ``(B, H, S, D)``.
+        k: ``(B, G, S, D)``; H is a multiple of G.
+        v: ``(B, G, S, E)``.
+        mask: the pairs that count, and what a row without a key gives.
+        captures: what the mask reads.
+        scale: factor of ``<Q, K>``; None for ``D ** -0.5``.
+
+    Returns:
+        float64 ``(B, H, S, E)``.
+    """
+    empty_row = mask.empty_row if isinstance(mask, Mask) else EmptyRow.ZERO
+    kept = kept_pairs(mask, q, captures)
+    out = _mix(_scores(q, k, scale), kept.double(), _per_query_head(v, q))
+    some = kept.any(-1, keepdim=True)
+    if empty_row is EmptyRow.NAN:
+        return torch.where(some, out, torch.nan)
+    if empty_row is EmptyRow.MEAN_ALL:
+        return torch.where(some, out, _per_query_head(v, q).mean(2, keepdim=True))
+    return out
+
+
+def log_sum_exp(
+    q: Tensor,
+    k: Tensor,
+    *,
+    mask: Mask | Boolean = TRUE,
+    captures: Sequence[Tensor] = (),
+    scale: float | None = None,
+) -> Tensor:
+    """Natural log of the softmax denominator, ``(B, H, S)``; -inf without a key."""
+    kept = kept_pairs(mask, q, captures)
+    return _scores(q, k, scale).masked_fill(~kept, -torch.inf).logsumexp(-1)
+
+
+def longnet(  # noqa: PLR0913 - the pattern's own parameters
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    segments: Sequence[int],
+    rates: Sequence[int],
+    offset: str = "paper",
+    weights: str = "joint",
+    mask: Mask | Boolean = TRUE,
+    captures: Sequence[Tensor] = (),
+    scale: float | None = None,
+) -> Tensor:
+    """Dilated attention in which every head uses every pattern (section 2A).
+
+    Args:
+        q: ``(B, H, S, D)``.
+        k: ``(B, G, S, D)``.
+        v: ``(B, G, S, E)``.
+        segments: ``w_i``, tokens.
+        rates: ``r_i``.
+        offset: ``paper``, ``torchscale`` or ``kv_head``.
+        weights: ``joint``, or ``detached``: gradients as if the mixing weights of the
+            patterns were constants.
+        mask: the user's own.
+        captures: what the mask reads.
+        scale: factor of ``<Q, K>``; None for ``D ** -0.5``.
+
+    Returns:
+        float64 ``(B, H, S, E)``; 0 where no pattern gives a key.
+    """
+    scores, values = _scores(q, k, scale), _per_query_head(v, q)
+    user = kept_pairs(mask, q, captures)
+    counts = [
+        (user & _longnet_pairs(q, k.shape[1], w, r, offset)).double()
+        for w, r in zip(segments, rates, strict=True)
+    ]
+    total = torch.stack(counts).sum(0)
+    if weights == "joint":
+        return _mix(scores, total, values)
+    denominators = [_denominator(scores, c) for c in counts]
+    whole = torch.stack(denominators).sum(0).clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.stack(
+        [
+            (z / whole).detach() * _mix(scores, c, values)
+            for z, c in zip(denominators, counts, strict=True)
+        ]
+    ).sum(0)
+
+
+def local_window(  # noqa: PLR0913 - the pattern's own parameters
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    block: int = 64,
+    mask: Mask | Boolean = TRUE,
+    captures: Sequence[Tensor] = (),
+    scale: float | None = None,
+) -> Tensor:
+    """Blocks at most ``(window // block) // 2`` apart (section 3); as `attention`."""
+    block_of = torch.arange(q.shape[2]) // block
+    near = (block_of[:, None] - block_of).abs() <= window // block // 2
+    kept = kept_pairs(mask, q, captures) & near
+    return _mix(_scores(q, k, scale), kept.double(), _per_query_head(v, q))
+
+
+def kept_pairs(
+    mask: Mask | Boolean, q: Tensor, captures: Sequence[Tensor] = ()
+) -> Tensor:
+    """A mask as bool ``(B, H, S, S)``, for ``q`` of ``(B, H, S, D)``."""
+    B, H, S, _ = q.shape
+    at = (
+        torch.arange(B).view(-1, 1, 1, 1),
+        torch.arange(H).view(1, -1, 1, 1),
+        torch.arange(S).view(1, 1, -1, 1),
+        torch.arange(S).view(1, 1, 1, -1),
+    )
+    keeps = mask.keeps if isinstance(mask, Mask) else mask
+    return evaluate(keeps, at, captures).expand(B, H, S, S)
+
+
+def _longnet_pairs(
+    q: Tensor, num_kv_heads: int, segment: int, rate: int, offset: str
+) -> Tensor:
+    """``m_i(h, q, k)`` without the user's mask, ``(H, S, S)``."""
+    H, S = q.shape[1:3]
+    h, p = torch.arange(H), torch.arange(S)
+    s = {
+        "paper": h % rate,
+        "torchscale": h // math.ceil(H / rate),
+        "kv_head": h // (H // num_kv_heads) % rate,
+    }[offset]
+    selected = p % segment % rate == s[:, None]
+    same_segment = p[:, None] // segment == p // segment
+    return selected[:, :, None] & selected[:, None] & same_segment
+
+
+def _per_query_head(x: Tensor, q: Tensor) -> Tensor:
+    return x.double().repeat_interleave(q.shape[1] // x.shape[1], 1)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return scale * (q.double() @ _per_query_head(k, q).mT)
+
+
+def _mix(scores: Tensor, counts: Tensor, values: Tensor) -> Tensor:
+    """``softmax(A + log C) V``, 0 in rows where C is 0 everywhere."""
+    some = (counts > 0).any(-1, keepdim=True)
+    # In rows without a key any finite scores do: autograd of all -inf would be NaN.
+    log_counts = torch.where(some, counts.log(), 0.0)
+    return (scores + log_counts).softmax(-1) @ values * some
+
+
+def _denominator(scores: Tensor, counts: Tensor) -> Tensor:
+    """``sum_k C e^A`` up to a factor of each row, ``(B, H, S, 1)``."""
+    top = scores.amax(-1, keepdim=True)
+    return (counts * (scores - top).exp()).sum(-1, keepdim=True)
