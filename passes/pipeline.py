@@ -130,7 +130,7 @@ def run_passes(
             made.gm, made.gathered = rewrite(made.gm, placements, texts, sharding)
         _warn_of_cache_outputs(regions, options)
     _note(made, "rewrite")
-    _warn_of_gathers(made.gathered, options)
+    _warn_of_gathers(made, options)
     return made
 
 
@@ -152,13 +152,14 @@ def _refuse(refusals: Sequence[Refusal], options: RingOptions) -> None:
         warnings.warn(f"runs gathered: {error}", stacklevel=2)
 
 
-def _warn_of_gathers(gathered: Sequence[Gathered], options: RingOptions) -> None:
-    seen = set()
-    for g in gathered:
+def _warn_of_gathers(made: Rewritten, options: RingOptions) -> None:
+    """One warning for each op and line; refused attentions have had theirs."""
+    warned: set[object] = {name for refusal in made.refusals for name in refusal.inside}
+    for g in made.gathered:
         line = g.where.split(" (")[0]
-        if g.what.startswith("output") or (line, g.what) in seen:
+        if g.what.startswith("output") or g.node in warned or (line, g.what) in warned:
             continue
-        seen.add((line, g.what))
+        warned.add((line, g.what))
         error = UnsupportedAttentionError(
             f"{g.what} needs the whole sequence: {g.num_bytes} bytes on every rank",
             at=g.where,

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
 from torch.fx import Node
 
 from ringcompile.ir.mask import Mask
@@ -65,3 +67,26 @@ class Refusal:
     because: str
     instead: str
     where: str
+
+    @property
+    def inside(self) -> frozenset[str]:
+        """Names of the nodes from Q.K to the output, as far as scores show them."""
+        inside, pending = {self.output.name}, [self.output]
+        sequence = self.output.meta["val"].shape[-2]
+        while pending:
+            for node in pending.pop().all_input_nodes:
+                value = node.meta.get("val")
+                is_score = isinstance(value, Tensor) and value.shape[-2:-1] == (
+                    sequence,
+                )
+                if not is_score or node.name in inside:
+                    continue
+                inside.add(node.name)
+                if node.target not in _PRODUCTS:
+                    pending.append(node)
+        return frozenset(inside)
+
+
+_PRODUCTS = frozenset(
+    getattr(torch.ops.aten, name).default for name in ("matmul", "bmm", "mm", "linear")
+)

@@ -34,12 +34,14 @@ class Gathered:
 
     Attributes:
         where: the user's line and the node.
+        node: name of the node that needs it.
         what: the op that needs it, or the output that it is.
         num_bytes: of the whole value.
         because: why it can't stay sharded.
     """
 
     where: str
+    node: str
     what: str
     num_bytes: int
     because: str
@@ -197,13 +199,12 @@ class _Writer:
         return self._emit.operand(node, None, by_shards=False)
 
     def _note_gathers(self, op: Op, decision: Decision) -> None:
-        for node in dict.fromkeys(op.slots):
-            if self._decisions[node].placement is not None:
-                self.gathered.append(
-                    Gathered(
-                        where(op.node), str(op.packet), _bytes(node), decision.gathered
-                    )
-                )
+        user, what = op.node, str(op.packet)
+        self.gathered += [
+            Gathered(where(user), user.name, what, _bytes(node), decision.gathered)
+            for node in dict.fromkeys(op.slots)
+            if self._decisions[node].placement is not None
+        ]
 
     def _write_output(self) -> None:
         old = self._old.output_node()
@@ -217,7 +218,10 @@ class _Writer:
                 return self._emit.env[node]
             what = f"output {number - 1}"
             because = 'outputs="gathered"'
-            self.gathered.append(Gathered(where(node), what, _bytes(node), because))
+            made_at = where(node)
+            self.gathered.append(
+                Gathered(made_at, node.name, what, _bytes(node), because)
+            )
             with self._emit.writing_for(node):
                 return self._emit.operand(node, None, by_shards=False)
 

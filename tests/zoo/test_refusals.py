@@ -1,0 +1,161 @@
+"""What can't be cut runs gathered, exactly, with a warning that names the user's line."""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.compiling import compile_ring
+from support.ranks import RankError, RankPool
+from support.tolerances import assert_output_equal
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+BATCH, HEADS, LENGTH, WIDTH = 2, 2, 12, 4
+
+
+def _inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(BATCH, LENGTH, HEADS * WIDTH, generator=generator).to(dtype)
+    bias = torch.randn(LENGTH, LENGTH, generator=generator).to(dtype)
+    return x.requires_grad_(), bias
+
+
+def _heads(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2)
+
+
+def _attend(x: Tensor) -> Tensor:
+    q = _heads(x)
+    out = F.scaled_dot_product_attention(q, q.sin(), q.cos(), is_causal=True)
+    return out.transpose(1, 2).flatten(2)
+
+
+def dense_bias(x: Tensor, bias: Tensor) -> Tensor:
+    q = _heads(_attend(x))
+    return F.scaled_dot_product_attention(q, q, q, attn_mask=bias)  # refused
+
+
+def dropout_of_weights(x: Tensor, bias: Tensor) -> Tensor:
+    q = _heads(_attend(x))
+    return F.scaled_dot_product_attention(q, q, q, dropout_p=0.5)  # refused
+
+
+def dropout_of_tokens(x: Tensor, bias: Tensor) -> Tensor:
+    return F.dropout(_attend(x), 0.5, training=True) * 2  # refused
+
+
+def weights_returned(x: Tensor, bias: Tensor) -> Tensor:
+    q = _heads(_attend(x))
+    weights = (q @ q.transpose(2, 3)).softmax(-1)  # refused
+    return weights @ q + weights.amax(-1, keepdim=True)
+
+
+def softcap(x: Tensor, bias: Tensor) -> Tensor:
+    q = _heads(_attend(x))
+    scores = 5 * torch.tanh(q @ q.transpose(2, 3) / 5)
+    return scores.softmax(-1) @ q  # refused
+
+
+def mask_from_activations(x: Tensor, bias: Tensor) -> Tensor:
+    q = _heads(_attend(x))
+    keep = (x @ x.transpose(1, 2)).abs() >= 0.1
+    return F.scaled_dot_product_attention(q, q, q, attn_mask=keep[:, None])  # refused
+
+
+def cumulative_sum(x: Tensor, bias: Tensor) -> Tensor:
+    return _attend(x).cumsum(1) * 2  # refused
+
+
+def convolution(x: Tensor, bias: Tensor) -> Tensor:
+    kernel = torch.ones(HEADS * WIDTH, 1, 3, dtype=x.dtype)
+    y = _attend(x).transpose(1, 2)
+    return F.conv1d(y, kernel, padding=1, groups=HEADS * WIDTH)  # refused
+
+
+def reversal(x: Tensor, bias: Tensor) -> Tensor:
+    return _attend(x).flip(1) * 2  # refused
+
+
+def shift(x: Tensor, bias: Tensor) -> Tensor:
+    return _attend(x)[:, 1:] * 2  # refused
+
+
+def fourier(x: Tensor, bias: Tensor) -> Tensor:
+    return torch.fft.fft(_attend(x), dim=1).real  # refused
+
+
+def other_length(x: Tensor, bias: Tensor) -> Tensor:
+    q = _heads(_attend(x))
+    return F.scaled_dot_product_attention(q, q[:, :, :5], q[:, :, :5])  # refused
+
+
+def largest_tokens(x: Tensor, bias: Tensor) -> Tensor:
+    return _attend(x).topk(3, dim=1)[0] * 2  # refused
+
+
+CASES = [
+    dense_bias,
+    dropout_of_weights,
+    dropout_of_tokens,
+    weights_returned,
+    softcap,
+    mask_from_activations,
+    cumulative_sum,
+    convolution,
+    reversal,
+    shift,
+    fourier,
+    other_length,
+    largest_tokens,
+]
+
+
+def _refused_line(fn: Callable[..., Tensor]) -> str:
+    lines, first = inspect.getsourcelines(fn)
+    number = next(i for i, text in enumerate(lines) if "# refused" in text)
+    return f"{__file__}:{first + number}"
+
+
+def run_case(group: ProcessGroup, rank: int, name: str, unsupported: str) -> list[str]:
+    """The texts of the warnings, after the result was found right."""
+    fn = globals()[name]
+    options: dict[str, Any] = {"unsupported": unsupported}
+    call, record = compile_ring(fn, group, compiler="eager", options=options)
+    # Random numbers are drawn alike in one dtype only.
+    exact = torch.float32 if "dropout" in name else torch.float64
+    x, x_exact = _inputs(torch.float32), _inputs(exact)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.manual_seed(5)
+        got = call(*x)
+    torch.manual_seed(5)
+    want = fn(*x_exact)
+    assert record.num_graphs == 1
+    assert len(record.rings) == 1
+    assert_output_equal(got, want.double())
+    (dx,) = torch.autograd.grad(got.sin().sum(), x[0])
+    (dx_exact,) = torch.autograd.grad(want.sin().sum(), x_exact[0])
+    assert_output_equal(dx, dx_exact.double(), "gradient")
+    return [str(w.message) for w in caught if "gather" in str(w.message)]
+
+
+@pytest.mark.parametrize("fn", CASES, ids=lambda fn: fn.__name__)
+def test_a_refused_op_is_gathered_exactly_with_one_warning(
+    ranks: RankPool, fn: Callable[..., Tensor]
+) -> None:
+    for texts in ranks.run(run_case, fn.__name__, "gather"):
+        assert len(texts) == 1, texts
+        assert _refused_line(fn) in texts[0]
+
+
+@pytest.mark.parametrize("fn", CASES, ids=lambda fn: fn.__name__)
+def test_a_refused_op_is_an_error_where_the_user_wants_that(
+    ranks: RankPool, fn: Callable[..., Tensor]
+) -> None:
+    with pytest.raises(RankError, match="UnsupportedAttentionError") as caught:
+        ranks.run(run_case, fn.__name__, "error")
+    assert _refused_line(fn) in str(caught.value)
