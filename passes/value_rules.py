@@ -153,8 +153,22 @@ def _arange(call: Call) -> Content:
 # ---- element by element --------------------------------------------------------------
 
 
-def _multiply_alpha(fn: Callable[[Expr, Expr], Expr]) -> Callable[..., Expr]:
-    return lambda x, y, alpha=sympy.S.One: fn(x, alpha * y)
+def _add(x: Expr, y: Expr, alpha: Expr = sympy.S.One) -> Expr:
+    return x + _multiply(alpha, y)
+
+
+def _subtract(x: Expr, y: Expr, alpha: Expr = sympy.S.One) -> Expr:
+    return x - _multiply(alpha, y)
+
+
+def _subtract_from(x: Expr, y: Expr, alpha: Expr = sympy.S.One) -> Expr:
+    return y - _multiply(alpha, x)
+
+
+def _multiply(x: Expr, y: Expr) -> Expr:
+    if not (x.is_Integer or y.is_Integer):
+        raise Unreadable("a product of two values that vary")
+    return x * y
 
 
 def _floor_divide(x: Expr, y: Expr) -> Expr:
@@ -176,10 +190,10 @@ def _divide(x: Expr, y: Expr, rounding_mode: str | None = None) -> Expr:
 
 
 ARITHMETIC: dict[OpOverloadPacket, Callable[..., Expr]] = {
-    aten.add: _multiply_alpha(operator.add),
-    aten.sub: _multiply_alpha(operator.sub),
-    aten.rsub: _multiply_alpha(lambda x, y: y - x),
-    aten.mul: operator.mul,
+    aten.add: _add,
+    aten.sub: _subtract,
+    aten.rsub: _subtract_from,
+    aten.mul: _multiply,
     aten.neg: operator.neg,
     aten.floor_divide: _floor_divide,
     aten.remainder: _remainder,

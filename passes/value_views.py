@@ -113,6 +113,10 @@ def _swap_last(call: Call, x: Value) -> list[Expr]:
     return [*index[:-2], *index[:-3:-1]]
 
 
+def _reverse(call: Call, x: Value) -> list[Expr]:
+    return indices(len(x.shape))[::-1]
+
+
 def _permute(call: Call, x: Value) -> list[Expr]:
     ndim = len(x.shape)
     index = indices(ndim)
@@ -260,6 +264,7 @@ VIEWS: dict[OpOverloadPacket, IndexMap] = {
     aten.transpose: _transpose,
     aten.t: _swap_last,
     aten.mT: _swap_last,
+    aten.numpy_T: _reverse,
     aten.permute: _permute,
     aten.select: _select,
     aten.slice: _slice,
