@@ -49,14 +49,19 @@ def sources_hash() -> str:
 
     Compile caches see no Python body, so it is part of what they do see.
     """
+    digest = hashlib.sha256()
+    for file in source_files():
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def source_files() -> list[Path]:
+    """The sources that give a plan its meaning."""
     root = Path(ops.__file__).parent
     files = [root / name for name in _FILES]
     for folder in _FOLDERS:
         files += sorted((root / folder).rglob("*.py"))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+    return files
 
 
 @lru_cache(maxsize=1)

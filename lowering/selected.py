@@ -15,6 +15,7 @@ from ringcompile.ir.layout import Layout
 from ringcompile.ir.schedule import Rows, Selection
 from ringcompile.lowering.rows import Table
 from ringcompile.plan.selection import selected_rows
+from ringcompile.torch_private import outside_tracing
 
 _NOBODY = -1
 
@@ -95,7 +96,8 @@ def find_selected(spec: TableSpec, device: torch.device) -> Table:
 @lru_cache(maxsize=1024)
 def _padded_rows(text: str) -> tuple[tuple[int, ...], ...]:
     """The rows of each head, filled up with -1 to the same count, at least one."""
-    rows = TableSpec.parse(text).rows()
+    with outside_tracing():  # the plan computes with tensors
+        rows = TableSpec.parse(text).rows()
     count = max(1, *map(len, rows))
     return tuple((*head, *(-1 for _ in range(count - len(head)))) for head in rows)
 

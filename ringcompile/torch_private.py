@@ -15,9 +15,9 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.fx import Graph, GraphModule
-from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.fx.passes.graph_transform_observer import GraphTransformObserver
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -102,6 +102,12 @@ def size_expression(size: int | SymInt) -> sympy.Expr:
 
 
 # ---- lowering ------------------------------------------------------------------------
+
+
+def outside_tracing() -> AbstractContextManager[object]:
+    """Where tensors are real and no op is recorded, though a trace may be under way."""
+    context: AbstractContextManager[object] = _disable_current_modes()
+    return context
 
 
 def find_group(name: str) -> ProcessGroup:

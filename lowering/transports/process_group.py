@@ -126,7 +126,9 @@ def _hop(  # noqa: PLR0913, PLR0917 - the op's schema
     try:
         works = dist.batch_isend_irecv(requests)
     except RuntimeError as error:  # gloo knows already that a peer is gone
-        raise _transport_error(place, " and ".join(dict.fromkeys(names)), error) from error
+        raise _transport_error(
+            place, " and ".join(dict.fromkeys(names)), error
+        ) from error
     if len(works) < len(names):  # NCCL: one work for all
         names = [" and ".join(dict.fromkeys(names))] * len(works)
     transfers = [_Transfer(w, n) for w, n in zip(works, names, strict=True)]
