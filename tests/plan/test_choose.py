@@ -1,0 +1,108 @@
+import time
+
+import pytest
+
+from ringcompile.ir.layout import LAYOUTS, Layout
+from ringcompile.ir.mask import Mask, causal, chunked, documents, window
+from ringcompile.patterns import LongNet
+from ringcompile.plan.choose import choose_layout
+from ringcompile.plan.cost import CPU, H200, Machine, Sizes, estimate_seconds
+from ringcompile.plan.pairs import count_pairs
+from ringcompile.plan.stages import build_schedule
+
+CAUSAL = Mask(causal())
+
+
+@pytest.mark.parametrize("machine", [CPU, H200], ids=["cpu", "h200"])
+@pytest.mark.parametrize(
+    ("mask", "cp_size", "length", "expected"),
+    [
+        (CAUSAL, 4, 32_768, "zigzag"),
+        (CAUSAL, 16, 1 << 20, "zigzag"),
+        (Mask(causal(), 1) & documents(0), 4, 8_192, "zigzag"),
+        (Mask(), 4, 1_024, "contiguous"),
+        (Mask(), 16, 1 << 17, "contiguous"),
+        (CAUSAL & window(4_095), 8, 1 << 18, "contiguous"),
+        (CAUSAL, 1, 4_096, "contiguous"),
+    ],
+)
+def test_the_mask_decides(
+    machine: Machine, mask: Mask, cp_size: int, length: int, expected: str
+) -> None:
+    layout, reason = choose_layout([mask], cp_size, length, machine=machine)
+    assert layout == Layout(expected, cp_size)
+    assert reason
+
+
+def test_short_causal_sequences_on_a_cpu_are_balanced() -> None:
+    assert choose_layout([CAUSAL], 4, 512)[0].name == "zigzag"
+
+
+def test_of_several_masks_the_costlier_decides() -> None:
+    masks = [CAUSAL, CAUSAL & window(1_023)]
+    assert choose_layout(masks, 8, 32_768)[0].name == "zigzag"
+
+
+def test_the_reason_compares() -> None:
+    _, reason = choose_layout([CAUSAL], 4, 32_768, machine=H200)
+    assert reason.startswith("zigzag costs least by the model (contiguous 1.")
+
+
+def seconds(
+    mask: Mask, name: str, length: int = 16_384, **options: int | None
+) -> float:
+    schedule = build_schedule([(mask, None)], Layout(name, 4), length, **options)
+    return estimate_seconds(schedule, length, sizes=Sizes(), machine=H200)
+
+
+def test_costs_order_as_the_work_does() -> None:
+    assert seconds(CAUSAL & window(511), "contiguous") < seconds(CAUSAL, "contiguous")
+    assert seconds(CAUSAL, "zigzag") < seconds(CAUSAL, "contiguous")
+    assert seconds(CAUSAL, "zigzag") < seconds(CAUSAL, "zigzag", 32_768)
+    slow = Machine("slow link", 649e12, 620e12, 398e12, 3.1, 20e-6, 170e-6, 1e9)
+    schedule = build_schedule([(CAUSAL, None)], Layout("zigzag", 4), 16_384)
+    assert estimate_seconds(
+        schedule, 16_384, sizes=Sizes(), machine=slow
+    ) > 2 * seconds(CAUSAL, "zigzag")
+
+
+def test_hops_that_nothing_hides_cost() -> None:
+    assert seconds(CAUSAL, "zigzag", num_stages=1) > seconds(CAUSAL, "zigzag")
+
+
+def test_a_selection_costs_its_share() -> None:
+    parts = LongNet((4_096,), (4,)).build_parts(CAUSAL, 4, 4)
+    schedule = build_schedule(parts, Layout("contiguous", 2), 8_192)
+    dilated = estimate_seconds(schedule, 8_192, sizes=Sizes(), machine=CPU)
+    whole = build_schedule([(parts[0][0], None)], Layout("contiguous", 2), 8_192)
+    dense = estimate_seconds(whole, 8_192, sizes=Sizes(), machine=CPU)
+    assert dilated < dense / 3  # 1/16 of the pairs, by the slower kernel
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (CAUSAL, 4_096 * 4_097 // 2),
+        (Mask(), 4_096**2),
+        (CAUSAL & window(255), 4_096 * 256 - 256 * 255 // 2),
+        (CAUSAL & chunked(512), 4_096 * 513 // 2),
+        (Mask(causal(), 1) & documents(0), 4_096 * 4_097 // 2),
+    ],
+)
+def test_pairs_are_counted_roughly(name: str, mask: Mask, expected: int) -> None:
+    layout = Layout(name, 4)
+    (part,) = build_schedule([(mask, None)], layout, 4_096).parts
+    counted = sum(
+        count_pairs(part, piece, layout, (rank, (rank - step.shift) % 4), length=4_096)
+        for step in part.steps
+        for rank, tile in enumerate(step.tiles)
+        for piece in tile.pieces
+    )
+    assert counted == pytest.approx(expected, rel=0.2)
+
+
+def test_choosing_is_quick() -> None:
+    start = time.process_time()
+    choose_layout([CAUSAL & window(4_095)], 16, 1 << 20, machine=H200)
+    assert time.process_time() - start < 5.0
