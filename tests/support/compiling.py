@@ -1,18 +1,57 @@
 """Compile a model on this rank and keep what the compiler said of it."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._inductor.compile_fx import compile_fx
 from torch.distributed import ProcessGroup
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from ringcompile import backend
 from ringcompile.config import RingOptions
+from ringcompile.lowering.inductor import inductor_patches
 from ringcompile.mesh import find_ranks
+from ringcompile.ops import HOP
 from ringcompile.passes.pipeline import Rewritten
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One value of a forward or backward graph."""
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    is_float: bool
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """What Inductor is given to compile: a forward or a backward graph.
+
+    Attributes:
+        is_backward: which of them.
+        values: every tensor in it.
+        outputs: names of what it returns: of a forward graph the user's outputs, then
+            what it saves for backward.
+        tags: the tag of each hop, in order.
+    """
+
+    is_backward: bool
+    values: tuple[Value, ...]
+    outputs: tuple[str, ...]
+    tags: tuple[int, ...]
+
+    def value(self, name: str) -> Value:
+        return next(v for v in self.values if v.name == name)
 
 
 @dataclass(slots=True)
@@ -27,6 +66,7 @@ class Record:
         masks: text of each ring's mask.
         layouts: layout of each ring.
         text: the last graph after rewriting.
+        graphs: forward and backward graphs, under ``compiler="capture"``.
     """
 
     num_graphs: int = 0
@@ -36,6 +76,7 @@ class Record:
     masks: list[str] = field(default_factory=list)
     layouts: list[str] = field(default_factory=list)
     text: str = ""
+    graphs: list[Graph] = field(default_factory=list)
 
     def note(self, made: Rewritten) -> None:
         """Add one graph."""
@@ -65,7 +106,8 @@ def compile_ring(
     Args:
         model: what to compile.
         group: the context-parallel group; None for one rank.
-        compiler: ``inductor``, or ``aot_eager`` or ``eager`` to run the rewritten graph
+        compiler: ``inductor``; ``capture`` to keep the graphs that Inductor is given
+            and run those eagerly; ``aot_eager`` or ``eager`` to run the rewritten graph
             without Inductor.
         options: options of the backend, beside ``mesh``.
         dynamic: as in ``torch.compile``.
@@ -84,8 +126,49 @@ def compile_ring(
             return backend.ring(gm, inputs, options=chosen)
         if compiler == "eager":
             return made.gm.forward
+        if compiler == "capture":
+            return _capture(made.gm, inputs, record)
         aot_eager = torch._dynamo.lookup_backend("aot_eager")
         result: Callable[..., Any] = aot_eager(made.gm, inputs)
         return result
 
     return torch.compile(model, backend=compile_graph, dynamic=dynamic), record
+
+
+def _capture(
+    gm: GraphModule, inputs: Sequence[object], record: Record
+) -> Callable[..., Any]:
+    def keep_graph(
+        graph: GraphModule, _inputs: Sequence[object], **options: Any
+    ) -> Callable[..., Any]:
+        is_backward = bool(options.get("is_backward"))
+        record.graphs.append(_read_graph(graph, is_backward=is_backward))
+
+        def run(args: list[object]) -> object:
+            return graph(*args)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    compiled: Callable[..., Any] = compile_fx(
+        gm, inputs, inner_compile=keep_graph, config_patches=inductor_patches({})
+    )
+    return compiled
+
+
+def _read_graph(graph: GraphModule, *, is_backward: bool) -> Graph:
+    values = [_read_value(n) for n in graph.graph.nodes if isinstance(n.meta.get("val"), Tensor)]
+    outputs = graph.graph.output_node().args[0]
+    hops = graph.graph.find_nodes(op="call_function", target=HOP)
+    return Graph(
+        is_backward,
+        tuple(values),
+        tuple(n.name for n in outputs if isinstance(n, Node)),
+        tuple(node.args[5] for node in hops),
+    )
+
+
+def _read_value(node: Node) -> Value:
+    value = node.meta["val"]
+    shape = tuple(int(n) for n in value.shape)
+    return Value(node.name, str(node.target), shape, value.dtype.is_floating_point)

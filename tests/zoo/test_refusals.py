@@ -147,8 +147,9 @@ def run_case(group: ProcessGroup, rank: int, name: str, unsupported: str) -> lis
 def test_a_refused_op_is_gathered_exactly_with_one_warning(
     ranks: RankPool, fn: Callable[..., Tensor]
 ) -> None:
+    num_refused = 2 if fn is other_length else 1  # a slice, and the attention over it
     for texts in ranks.run(run_case, fn.__name__, "gather"):
-        assert len(texts) == 1, texts
+        assert len(texts) == num_refused, texts
         assert _refused_line(fn) in texts[0]
 
 

@@ -1,0 +1,47 @@
+"""bfloat16 on several ranks is no further from float64 than twice one rank's error."""
+
+from typing import Any
+
+import pytest
+import torch
+from support.compiling import compile_ring
+from support.ranks import RankPool
+from support.spine_models import (
+    Outcome,
+    build_model,
+    find_model,
+    run_reference,
+    run_step,
+)
+from support.tolerances import assert_no_worse_than_one_rank
+from torch.distributed import ProcessGroup
+
+
+def run_bfloat16(group: ProcessGroup, rank: int, name: str, compiler: str) -> None:
+    row = find_model(name)
+    inputs = row.make_inputs(row.length)
+    want = run_reference(row, "sdpa", inputs)
+    model = build_model(row, "sdpa", torch.bfloat16)
+    ring = compile_ring(model, group, compiler=compiler)[0]
+    got = run_step(model, ring, inputs)
+    alone: Any = torch.compile(model, backend=compiler)
+    one_rank = run_step(model, alone, inputs)
+    _compare(got, one_rank, want)
+
+
+def _compare(got: Outcome, one_rank: Outcome, want: Outcome) -> None:
+    assert_no_worse_than_one_rank(got.logits, one_rank.logits, want.logits, "logits")
+    for name, grad in want.grads.items():
+        mine, theirs = got.grads[name], one_rank.grads[name]
+        assert grad is not None
+        assert mine is not None
+        assert theirs is not None
+        assert_no_worse_than_one_rank(mine, theirs, grad, name)
+
+
+@pytest.mark.parametrize("cp_size", [2, 4])
+@pytest.mark.parametrize("name", ["llama", "bert padded"])
+def test_bfloat16_loses_no_more_than_one_rank(
+    ranks: RankPool, name: str, cp_size: int
+) -> None:
+    ranks.run(run_bfloat16, name, "aot_eager", world_size=cp_size)
