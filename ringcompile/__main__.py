@@ -1,4 +1,4 @@
-"""The command line: ``python -m ringcompile demo | explain | plan | simulate | doctor``.
+"""``python -m ringcompile demo | explain | plan | simulate | doctor``.
 
 Commands import what they need when they run, so that ``--help`` is quick.
 """
@@ -6,8 +6,12 @@ Commands import what they need when they run, so that ``--help`` is quick.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from ringcompile.errors import RingCompileError
+
+if TYPE_CHECKING:
+    from ringcompile.commands.plan import Question
 
 INTERRUPTED = 130
 LAYOUTS = ("auto", "contiguous", "zigzag", "striped")
@@ -161,7 +165,8 @@ def _simulate(given: argparse.Namespace) -> int:
 
 def _read_question(given: argparse.Namespace) -> "Question":
     from ringcompile.commands.masks import read_mask_text  # noqa: PLC0415
-    from ringcompile.commands.plan import Question, Sizes  # noqa: PLC0415
+    from ringcompile.commands.plan import Question  # noqa: PLC0415
+    from ringcompile.plan.cost import Sizes  # noqa: PLC0415
 
     sizes = Sizes(given.heads, given.kv_heads, given.head_size)
     return Question(

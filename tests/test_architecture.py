@@ -32,7 +32,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "ops torch_private",
         "passes lowering",
         "services verify backend",
-        "report modules __main__ __init__",
+        "report modules shards",
+        "commands demo __main__ __init__",
     )
 )
 LAYER_OF = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 
 from ringcompile import ops
 from ringcompile.lowering.hops import Phase, Tag
@@ -76,8 +77,8 @@ def _try_hop() -> Finding:
     """Two ranks, each a process, send each other a row by the op that rings use."""
     with TemporaryDirectory(prefix="ringcompile-doctor-") as folder:
         try:
-            torch.multiprocessing.spawn(_send_and_receive, (f"{folder}/store",), 2)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is the finding
+            spawn(_send_and_receive, (f"{folder}/store",), 2)
+        except Exception as error:
             return Finding("a hop between 2 gloo ranks", str(error), is_well=False)
     return Finding("a hop between 2 gloo ranks", "arrived")
 

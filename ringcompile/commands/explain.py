@@ -2,34 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 
-from ringcompile.errors import RingCompileError
+from ringcompile.commands.extras import check_transformers
 from ringcompile.report.explain import explain
 from ringcompile.report.report import Report
 
 VOCABULARY = 512
-
-
-def check_transformers(what: str) -> None:
-    """Raise unless transformers is there.
-
-    Args:
-        what: wants it.
-
-    Raises:
-        RingCompileError: it is missing.
-    """
-    if find_spec("transformers") is None:
-        raise RingCompileError(
-            f"{what} without transformers",
-            at="python -m ringcompile",
-            because="its model is one of transformers'",
-            instead="pip install 'ringcompile[demo]'",
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,9 +80,9 @@ def format_plan_answer(question: Question) -> str:
         dkv_bytes=row * max(GRAD_BYTES, sizes.item_bytes),
         length=length,
     )
-    seconds = estimate_seconds(
-        schedule, length, sizes=sizes, machine=MACHINES[question.machine]
-    )
+    machine = MACHINES[question.machine]
+    seconds = estimate_seconds(schedule, length, sizes=sizes, machine=machine)
+    cost = f"{_format_seconds(seconds)} by the model of {machine.name}"
     serves = "every S without padding" if schedule.length is None else f"S = {length}"
     return "\n".join(
         [
@@ -90,8 +90,7 @@ def format_plan_answer(question: Question) -> str:
             f"  layout: {reason}; checked; serves {serves}",
             *format_steps(tuple(steps)),
             *_format_formulas(schedule),
-            f"  forward and backward on {MACHINES[question.machine].name}, by the cost"
-            f" model: {_format_seconds(seconds)}",
+            f"  forward and backward take {cost}",
         ]
     )
 

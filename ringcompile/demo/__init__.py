@@ -1,13 +1,11 @@
 """The demo: an unmodified Llama on a few CPU ranks, compared with eager."""
 
-from importlib.util import find_spec
-
 from rich.console import Console
 
+from ringcompile.commands.extras import check_transformers
 from ringcompile.demo.processes import RankFailedError, run_ranks
-from ringcompile.demo.records import DemoSize
+from ringcompile.demo.records import DemoSize, Results
 from ringcompile.demo.show import Display, format_results
-from ringcompile.errors import RingCompileError
 
 
 def run_demo(size: DemoSize, console: Console) -> int:
@@ -23,18 +21,12 @@ def run_demo(size: DemoSize, console: Console) -> int:
     Raises:
         RingCompileError: transformers is missing.
     """
-    if find_spec("transformers") is None:
-        raise RingCompileError(
-            "the demo without transformers",
-            at="python -m ringcompile demo",
-            because="its model is transformers' Llama",
-            instead="pip install 'ringcompile[demo]'",
-        )
+    check_transformers("the demo")
     try:
         with Display(size, console) as display:
-            results = run_ranks(size, display.on_stage)
+            results = Results.of(run_ranks(size, display.on_stage))
     except RankFailedError as error:
         console.print(str(error), markup=False, highlight=False)
         return 1
-    console.print(format_results(size, results))
-    return 0 if all(r.is_right for r in results) else 1
+    console.print(format_results(results))
+    return 0 if results.is_right else 1

@@ -4,7 +4,9 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from ringcompile.demo.records import (
     SMALL_GRADIENT,
     DemoSize,
     Errors,
+    Plan,
     RankResult,
     Run,
     Stage,
@@ -51,30 +54,36 @@ def run_rank(
     )
     model, inputs = build_model(size), make_inputs(size)
     compiled = torch.compile(model, backend="ring")
-    got, timing = _run_twice(compiled, model, inputs, tell)
+    got = _run_twice(compiled, model, inputs, tell)
+    eager = None
     if rank == 0:
         tell(Stage.EAGER)
-        eager, eager_timing = _run_twice(model, model, inputs, lambda _: None)
+        eager = _run_twice(model, model, inputs, lambda _: None)
         exact = _run_exact(model.double(), inputs)
     else:
         tell(Stage.WAIT)
-        exact = {
-            name: torch.empty_like(x, dtype=torch.float64) for name, x in got.items()
-        }
+        exact = {name: _empty_double(x) for name, x in got.outcome.items()}
     for value in exact.values():
         dist.broadcast(value, src=0)
     tell(Stage.COMPARE)
-    compiled_run = Run(_compare(got, exact), *timing)
-    eager_run = Run(_compare(eager, exact), *eager_timing) if rank == 0 else None
-    tell(Stage.EXPLAIN)
-    report = explain(build_model(size), **inputs, world_size=size.ranks)
+    result = RankResult(got.compare(exact))
+    if eager is not None:
+        tell(Stage.EXPLAIN)
+        plan = _read_plan(size)
+        result = RankResult(got.compare(exact), eager.compare(exact), plan)
     tell(Stage.DONE)
-    return RankResult(
-        compiled_run,
-        eager_run,
+    return result
+
+
+def _read_plan(size: DemoSize) -> Plan:
+    ids, labels = make_inputs(size).values()
+    report = explain(
+        build_model(size), input_ids=ids, labels=labels, world_size=size.ranks
+    )
+    return Plan(
         rings=sum(a.status == "ring" for a in report.attentions),
         attentions=len(report.attentions),
-        sent_bytes=report.bytes_per_rank[rank],
+        sent_bytes=report.bytes_per_rank,
     )
 
 
@@ -103,24 +112,36 @@ def make_inputs(size: DemoSize) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels}
 
 
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    outcome: Outcome
+    peak_bytes: int
+    first_s: float
+    next_s: float
+
+    def compare(self, exact: Outcome) -> Run:
+        """The run's record, against eager in float64."""
+        errors = _compare(self.outcome, exact)
+        return Run(errors, self.peak_bytes, self.first_s, self.next_s)
+
+
 def _run_twice(
-    call: Callable[..., object],
+    call: Callable[..., Any],
     model: nn.Module,
     inputs: dict[str, Tensor],
     tell: Callable[[Stage], None],
-) -> tuple[Outcome, tuple[int, float, float]]:
-    """The second outcome; peak memory, and seconds of the first and the second run."""
+) -> _Timed:
     start = time.perf_counter()
     _run_once(call, model, inputs, tell)
     middle = time.perf_counter()
     tell(Stage.AGAIN)
     outcome = _run_once(call, model, inputs, lambda _: None)
     end = time.perf_counter()
-    return outcome, (_peak_bytes(), middle - start, end - middle)
+    return _Timed(outcome, _peak_bytes(), middle - start, end - middle)
 
 
 def _run_once(
-    call: Callable[..., object],
+    call: Callable[..., Any],
     model: nn.Module,
     inputs: dict[str, Tensor],
     tell: Callable[[Stage], None],
@@ -145,8 +166,16 @@ def _run_exact(model: nn.Module, inputs: dict[str, Tensor]) -> Outcome:
 
 
 def _outcome(model: nn.Module, loss: Tensor, logits: Tensor) -> Outcome:
-    gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+    gradients = {
+        name: p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
     return {"loss": loss.detach(), "logits": logits.detach(), **gradients}
+
+
+def _empty_double(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.float64)
 
 
 def _compare(got: Outcome, exact: Outcome) -> Errors:

@@ -1,5 +1,6 @@
 """What the demo runs, what its ranks say meanwhile, and what comes out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -92,27 +93,62 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
+class Plan:
+    """What ``explain`` says of the model.
+
+    Attributes:
+        rings: attentions that became rings.
+        attentions: attentions there are.
+        sent_bytes: sent in one forward and backward, by rank.
+    """
+
+    rings: int
+    attentions: int
+    sent_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RankResult:
     """What came out on one rank.
 
     Attributes:
         compiled: the run of the compiled model.
-        eager: eager's in float32; None on all ranks but one.
-        rings: attentions that became rings.
-        attentions: attentions there are.
-        sent_bytes: sent in one forward and backward, by the plan.
+        eager: eager's in float32; rank 0 has it, the others None.
+        plan: what was planned; likewise.
     """
 
     compiled: Run
-    eager: Run | None
-    rings: int
-    attentions: int
-    sent_bytes: int
+    eager: Run | None = None
+    plan: Plan | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What came out.
+
+    Attributes:
+        ranks: the run of the compiled model on each rank.
+        eager: eager's in float32.
+        plan: what was planned.
+    """
+
+    ranks: tuple[Run, ...]
+    eager: Run
+    plan: Plan
+
+    @classmethod
+    def of(cls, results: Sequence[RankResult]) -> "Results":
+        """Join what ranks report."""
+        eager, plan = results[0].eager, results[0].plan
+        assert eager is not None, "rank 0 runs eager"
+        assert plan is not None, "rank 0 reads the plan"
+        return cls(tuple(r.compiled for r in results), eager, plan)
 
     @property
     def is_right(self) -> bool:
-        """Whether the compiled model did what it should on this rank."""
-        return self.compiled.errors.is_small and 0 < self.attentions == self.rings
+        """Whether the compiled model did what it should on every rank."""
+        all_ring = 0 < self.plan.attentions == self.plan.rings
+        return all_ring and all(run.errors.is_small for run in self.ranks)
 
 
 @dataclass(frozen=True, slots=True)

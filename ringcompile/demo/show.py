@@ -1,16 +1,20 @@
 """The demo as it is seen: a line for each rank while it runs, then a table."""
 
-from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console, Group
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-from rich.progress import TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
-from ringcompile.demo.records import TOLERANCE, DemoSize, RankResult, Run, Stage
+from ringcompile.demo.records import TOLERANCE, DemoSize, Results, Run, Stage
 from ringcompile.report.text import format_bytes
 
 _ORDER = tuple(Stage)
@@ -62,20 +66,18 @@ class Display:
             self._console.print(f"rank 0: {stage.value}", highlight=False)
 
 
-def format_results(size: DemoSize, results: Sequence[RankResult]) -> Group:
+def format_results(results: Results) -> Group:
     """The table, and in one line what it says."""
     table = Table(title="errors against eager in float64, as a share of the largest")
     for name in ("", "loss", "loss err", "logits err", "grad err", "rings", "sent"):
         table.add_column(name, justify="right" if name else "left")
     for name in ("peak memory", "first run", "next run"):
         table.add_column(name, justify="right")
-    for result in results:
-        if result.eager is not None:
-            table.add_row("eager float32", *_cells(result.eager, "", ""))
-    for rank, result in enumerate(results):
-        rings = f"{result.rings} of {result.attentions}"
-        sent = format_bytes(result.sent_bytes)
-        table.add_row(f"rank {rank}", *_cells(result.compiled, rings, sent))
+    table.add_row("eager float32", *_cells(results.eager, "", ""))
+    rings = f"{results.plan.rings} of {results.plan.attentions}"
+    for rank, run in enumerate(results.ranks):
+        sent = format_bytes(results.plan.sent_bytes[rank])
+        table.add_row(f"rank {rank}", *_cells(run, rings, sent))
     return Group(table, _format_verdict(results))
 
 
@@ -87,12 +89,11 @@ def _cells(run: Run, rings: str, sent: str) -> list[str]:
     return [f"{e.loss:.6f}", *errors, rings, sent, peak, *seconds]
 
 
-def _format_verdict(results: Sequence[RankResult]) -> Text:
-    errors = max((r.compiled.errors for r in results), key=lambda e: e.gradient)
+def _format_verdict(results: Results) -> Text:
+    errors = max((run.errors for run in results.ranks), key=lambda e: e.gradient)
     text = (
         f"worst gradient: {errors.gradient_name}; every error must be at most"
         f" {TOLERANCE:g}, and every attention a ring: "
     )
-    is_right = all(r.is_right for r in results)
-    verdict = Text("right", "bold green") if is_right else Text("WRONG", "bold red")
-    return Text(text) + verdict
+    right, wrong = Text("right", "bold green"), Text("WRONG", "bold red")
+    return Text(text) + (right if results.is_right else wrong)

@@ -1,8 +1,8 @@
 """``explain``: what the backend would do to a model, from one process without peers.
 
 The model is compiled by a backend that runs the passes for a rank of a made-up group
-and then lets the graph run eagerly. Invariant: the model is left as it was, its buffers,
-gradients and training flag, and so is the random state.
+and then lets the graph run eagerly. Invariant: the model is left as it was (buffers,
+gradients, training flags), and so is the random state.
 """
 
 import random

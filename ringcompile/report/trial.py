@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils import _pytree as pytree
+from torch.fx.node import map_aggregate
 
 from ringcompile.ops import ALL_GATHER, ALL_REDUCE, RING_ATTENTION
 from ringcompile.torch_private import CallObserver, size_hint, storage_key
@@ -81,12 +81,10 @@ def _make_leaf(node: Node) -> object:
     return value.detach().requires_grad_(bool(node.meta.get("requires_grad")))
 
 
-def _run_backward(outputs: object) -> None:
-    ends = [
-        x
-        for x in pytree.tree_leaves(outputs)
-        if isinstance(x, Tensor) and x.requires_grad
-    ]
+def _run_backward(outputs: Any) -> None:  # noqa: ANN401 - what a graph returns
+    found: list[object] = []
+    map_aggregate(outputs, found.append)
+    ends = [x for x in found if isinstance(x, Tensor) and x.requires_grad]
     if ends:
         torch.autograd.backward(ends, [torch.ones_like(x) for x in ends])
 
