@@ -27,7 +27,6 @@ from ringcompile.passes.regions import Refusal, Region
 from ringcompile.passes.shadow import where
 from ringcompile.passes.symbolic import Unreadable, index_symbol, read_truth
 from ringcompile.passes.value_rules import read_scalar
-from ringcompile.torch_private import sizes_equal
 
 aten = torch.ops.aten
 
@@ -123,7 +122,7 @@ def _read_sdpa(reader: Reader, op: Op) -> Parts:
             instead="drop out the attention's output instead of its weights",
         )
     heads, kv_heads = shape_of(q)[1], shape_of(k)[1]
-    if not op.args["enable_gqa"] and not sizes_equal(heads, kv_heads):
+    if not op.args["enable_gqa"] and kv_heads not in (1, heads):
         raise Refused(
             f"attention of {heads} query heads over {kv_heads} heads of K",
             because="heads are broadcast without enable_gqa",

@@ -24,7 +24,7 @@ from ringcompile.torch_private import sizes_equal
 aten = torch.ops.aten
 
 _NUM_DIMS = 4  # (B, H, S, D)
-_NOT_FOLLOWED = {aten.detach, aten.lift_fresh_copy}  # detach stops the gradient
+_NOT_FOLLOWED = {aten.detach, aten.detach_}  # detach stops the gradient
 _MAKE_FEATURES = {aten.linear, aten.addmm, aten.mm, aten.embedding}
 _SPLITS = {aten.split, aten.chunk, aten.split_with_sizes, aten.tensor_split}
 

@@ -16,7 +16,8 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from ringcompile.ir.mask import equals_zero, negate
-from ringcompile.passes.op import is_float, is_tensor, read_op, schema_of
+from ringcompile.passes.memory import find_base, find_mutated, writes_memory
+from ringcompile.passes.op import is_float, is_tensor, read_op
 from ringcompile.passes.symbolic import (
     Content,
     Unreadable,
@@ -25,14 +26,13 @@ from ringcompile.passes.symbolic import (
     index_symbol,
     make_value,
 )
-from ringcompile.passes.value_rules import RULES, elementwise
-from ringcompile.passes.value_views import VIEWS, Call
+from ringcompile.passes.value_rules import RULES, elementwise, read_constant
+from ringcompile.passes.value_views import Call
 
 aten = torch.ops.aten
 
 # Expressions are evaluated in the dtype of what they read: narrower ints would wrap.
 _CAPTURED = (torch.bool, torch.int32, torch.int64)
-_MAY_ALIAS = {*VIEWS, aten.to, aten.type_as} - {aten.clone}
 
 
 class Reader:
@@ -44,9 +44,10 @@ class Reader:
     """
 
     def __init__(self, graph: Graph, sources: Iterable[Node] = ()) -> None:
+        self._owner = graph.owning_module
         self._sources = frozenset(sources)
         self._known: dict[Node, Value | Unreadable] = {}
-        self._mutated = _find_mutated(graph)
+        self._mutated = find_mutated(graph)
         self._nodes: list[Node] = list(graph.nodes)
         self._order = {node: place for place, node in enumerate(self._nodes)}
         self._computed_alike: dict[object, Node] = {}
@@ -103,19 +104,25 @@ class Reader:
     def _apply_rule(self, node: Node) -> Value:
         value = node.meta.get("val")
         assert isinstance(value, Tensor), f"{node} is not a tensor"
-        if node.op == "get_attr" and value.numel() == 1:
-            raise Unreadable("a constant tensor")
+        if self.is_mutated(node):
+            raise Unreadable(f"{node.name} is changed in place")
+        if node.op == "get_attr":
+            return self._read_constant(node)
         op = read_op(node)
         if op is None:
             raise Unreadable(f"{node.name} isn't computed from positions")
-        if self.is_mutated(node):
-            raise Unreadable(f"{node.name} is changed in place")
         rule = RULES.get(op.packet)
         if rule is None and _is_elementwise(node):
             rule = elementwise
         if rule is None:
             raise Unreadable(f"{node.target} isn't read")
         return make_value(value.shape, value.dtype, rule(Call(op, self.read)))
+
+    def _read_constant(self, node: Node) -> Value:
+        constant = getattr(self._owner, str(node.target), None)
+        if not isinstance(constant, Tensor) or constant.numel() != 1:
+            raise Unreadable(f"{node.name} is a tensor of many numbers")
+        return make_value(constant.shape, constant.dtype, read_constant(constant))
 
     def _capture(self, node: Node) -> Value:
         value = node.meta["val"]
@@ -147,9 +154,7 @@ class Reader:
 
     def is_mutated(self, node: Node) -> bool:
         """Whether the node writes, or some op of the graph writes to its storage."""
-        target = node.target
-        writes = isinstance(target, OpOverload) and schema_of(target).is_mutable
-        return writes or _find_base(node) in self._mutated
+        return writes_memory(node) or find_base(node) in self._mutated
 
     def _find_twin(self, node: Node) -> Node:
         """The first node that is computed in the same way."""
@@ -177,38 +182,3 @@ def _is_random(node: Node) -> bool:
         isinstance(target, OpOverload)
         and torch.Tag.nondeterministic_seeded in target.tags
     )
-
-
-def _find_mutated(graph: Graph) -> frozenset[Node]:
-    """Nodes whose storage some op writes to."""
-    return frozenset(
-        _find_base(value)
-        for node in graph.nodes
-        if node.op == "call_function"
-        and isinstance(node.target, OpOverload)
-        and schema_of(node.target).is_mutable
-        for value in _written(node, node.target)
-    )
-
-
-def _written(node: Node, target: OpOverload) -> list[Node]:
-    op = read_op(node)
-    assert op is not None, "a mutable op is an op"
-    written: list[object] = []
-    for argument in schema_of(target).arguments:
-        value = op.args[argument.name]
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            written += value if isinstance(value, list | tuple) else [value]
-    return [n for n in written if isinstance(n, Node)]
-
-
-def _find_base(node: Node) -> Node:
-    """The node whose storage a chain of views may share."""
-    while (
-        node.op == "call_function"
-        and isinstance(node.target, OpOverload)
-        and (node.target.is_view or node.target.overloadpacket in _MAY_ALIAS)
-        and node.all_input_nodes
-    ):
-        node = node.all_input_nodes[0]
-    return node

@@ -177,12 +177,23 @@ def _is_nan(number: Number) -> bool:
 
 def substitute(content: Content, mapping: dict[sympy.Expr, sympy.Expr]) -> Content:
     """Replace symbols, all at once, and make the atoms canonical again."""
+    used = _symbols_in(content)
+    if all(s not in used or s == e for s, e in mapping.items()):
+        return content
     if isinstance(content, tuple):
         return merge_cases(
             Case(replace_terms(c.when, mapping), _replace_number(c.number, mapping))
             for c in content
         )
     return replace_terms(content, mapping)
+
+
+def _symbols_in(content: Content) -> set[sympy.Symbol]:
+    if not isinstance(content, tuple):
+        return set(content.free_symbols)
+    parts = [c.when for c in content]
+    parts += [c.number for c in content if not isinstance(c.number, float)]
+    return {symbol for part in parts for symbol in part.free_symbols}
 
 
 def _replace_number(number: Number, mapping: dict[sympy.Expr, sympy.Expr]) -> Number:

@@ -100,6 +100,12 @@ def _to_scalar(number: Number, dtype: torch.dtype, ndim: int = 0) -> Tensor:
     return torch.full((1,) * ndim, known, dtype=dtype)
 
 
+def read_constant(x: Tensor) -> Content:
+    """What a tensor of one known number holds."""
+    number = _from_scalar(x.detach().reshape(()))
+    return _constant(number, x.dtype)
+
+
 def _from_scalar(x: Tensor) -> Number:
     return float(x.item()) if x.dtype.is_floating_point else sympy.Integer(x.item())
 
@@ -449,6 +455,7 @@ RULES: dict[OpOverloadPacket, Rule] = {
     aten.new_ones: _ones,
     aten.zeros: _zeros,
     aten.zeros_like: _zeros,
+    aten.zero: _zeros,
     aten.new_zeros: _zeros,
     aten.__and__: _logical(conjunction, bitwise=True),
     aten.bitwise_and: _logical(conjunction, bitwise=True),

@@ -257,6 +257,8 @@ VIEWS: dict[OpOverloadPacket, IndexMap] = {
     aten.clone: _identity,
     aten.contiguous: _identity,
     aten.detach: _identity,
+    aten.detach_: _identity,
+    aten.lift_fresh: _identity,
     aten.lift_fresh_copy: _identity,
     aten.expand: _expand,
     aten.expand_as: _expand,
