@@ -1,13 +1,12 @@
 """The models of the spine: unmodified Hugging Face models with random weights."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 VOCABULARY = 131
 IGNORED = -100
@@ -182,26 +181,33 @@ def run_step(model: nn.Module, call: Callable[..., Any], inputs: Inputs) -> Outc
 def run_reference(row: SpineModel, attention: str, inputs: Inputs) -> Outcome:
     """The same step in eager float64."""
     model = build_model(row, attention, torch.float64)
-    with _float64_softmax():
+    with _Float64():
         return run_step(model, model, inputs)
 
 
-@contextmanager
-def _float64_softmax() -> Iterator[None]:
-    """Leave float64 scores float64.
+class _Float64(TorchFunctionMode):
+    """Leaves float64 values float64 where a model asks for float32.
 
-    transformers' eager attention asks for a float32 softmax, which cuts float64 scores
-    down, and turns masked ones (``finfo(float64).min``) to -inf: NaN in empty rows.
+    transformers computes norms, softmax and loss in float32 "to be exact", which cuts
+    float64 down, and turns masked scores (``finfo(float64).min``) to -inf: NaN in empty
+    rows.
     """
-    softmax = F.softmax
 
-    def keep_float64(x: Tensor, dim: int, **options: Any) -> Tensor:  # noqa: ANN401
-        if x.dtype == torch.float64:
-            options.pop("dtype", None)
-        return softmax(x, dim, **options)
-
-    F.softmax = keep_float64  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        F.softmax = softmax
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        kwargs = dict(kwargs or {})
+        first = args[0] if args else None
+        if not (isinstance(first, Tensor) and first.dtype == torch.float64):
+            return func(*args, **kwargs)
+        if func is Tensor.float:
+            return first
+        if kwargs.get("dtype") == torch.float32:
+            kwargs["dtype"] = torch.float64
+        if func is Tensor.to:
+            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        return func(*args, **kwargs)
