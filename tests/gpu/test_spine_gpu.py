@@ -1,0 +1,80 @@
+"""The spine on GPUs over NCCL: bfloat16, as close to float64 as one rank is.
+
+    pytest -q -m gpu tests/gpu
+"""
+
+import os
+import socket
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from support.compiling import compile_ring
+from support.spine_models import (
+    Inputs,
+    Outcome,
+    build_model,
+    find_model,
+    run_reference,
+    run_step,
+)
+from support.tolerances import assert_no_worse_than_one_rank
+from torch import Tensor
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+
+
+def _to_gpu(inputs: Inputs) -> Inputs:
+    return {k: v.cuda() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
+def _cpu(outcome: Outcome) -> Outcome:
+    grads = {n: None if g is None else g.cpu() for n, g in outcome.grads.items()}
+    return Outcome(outcome.loss.cpu(), outcome.logits.cpu(), grads)
+
+
+def _run_rank(rank: int, world_size: int, port: int, name: str, length: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.cuda.set_device(rank)
+    device = torch.device("cuda", rank)
+    dist.init_process_group(
+        "nccl", rank=rank, world_size=world_size, device_id=device
+    )
+    try:
+        row = find_model(name)
+        inputs = row.make_inputs(length)
+        want = run_reference(row, "sdpa", inputs)
+        model = build_model(row, "sdpa", torch.bfloat16).to(device)
+        ring, record = compile_ring(model, dist.group.WORLD)
+        got = _cpu(run_step(model, ring, _to_gpu(inputs)))
+        alone: Any = torch.compile(model, backend="inductor")
+        one_rank = _cpu(run_step(model, alone, _to_gpu(inputs)))
+        assert len(record.rings) == row.num_attentions
+        assert record.num_graphs == 1
+        assert_no_worse_than_one_rank(got.logits, one_rank.logits, want.logits)
+        for parameter, grad in want.grads.items():
+            mine, theirs = got.grads[parameter], one_rank.grads[parameter]
+            assert grad is not None
+            assert mine is not None
+            assert theirs is not None
+            assert_no_worse_than_one_rank(mine, theirs, grad, parameter)
+        if rank == 0:
+            print(f"{name} S={length}: equal; layout {record.layouts[0]}", flush=True)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [("llama", 256), ("llama", 2048), ("llama left-padded", 256), ("bert padded", 256)],
+)
+def test_bfloat16_over_nccl_loses_no_more_than_one_rank(name: str, length: int) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(_run_rank, (2, port, name, length), nprocs=2)
