@@ -20,6 +20,7 @@ from ringcompile import ops
 from ringcompile.errors import TransportError
 from ringcompile.lowering.hops import WAIT, Phase, Tag, reshard_tag
 from ringcompile.lowering.transports.process_group import TimedWork, _Place, _Transfer
+from ringcompile.torch_private import Work
 
 TAG = Tag(3, Phase.BACKWARD_DKV, 2)
 
@@ -28,7 +29,14 @@ def hop_around(group: ProcessGroup, rank: int, dtype: torch.dtype) -> list[Tenso
     P = group.size()
     x = torch.full((1, 2, 4, 3), rank, dtype=dtype)
     sent = [x, (x + 10).mT]  # the second is not contiguous
-    args = ((rank + 1) % P, (rank - 1) % P, [4, 3], TAG.encode(), group.group_name, 60.0)
+    args = (
+        (rank + 1) % P,
+        (rank - 1) % P,
+        [4, 3],
+        TAG.encode(),
+        group.group_name,
+        60.0,
+    )
     return [WAIT(y) for y in ops.HOP(sent, [], *args)]
 
 
@@ -50,7 +58,8 @@ def hop_one_way(group: ProcessGroup, rank: int) -> Tensor:
         (got,) = ops.HOP([rows[:, :, :0]], [], -1, 0, [2], *args)
     else:
         (got,) = ops.HOP([rows[:, :, :0]], [], -1, -1, [0], *args)
-    return WAIT(got)
+    arrived: Tensor = WAIT(got)
+    return arrived
 
 
 def test_a_hop_may_have_no_rows(ranks: RankPool) -> None:
@@ -131,8 +140,8 @@ def test_a_collective_raises_in_time_too(ranks: RankPool) -> None:
     assert "at: rank 0, reshard (gather)" in text
 
 
-class BrokenWork:
-    def wait(self, timeout: timedelta) -> bool:
+class BrokenWork(Work):
+    def wait(self, timeout: timedelta | None = None) -> bool:
         raise RuntimeError("[/gloo/pair.cc:553] Connection closed by peer [::1]:47")
 
 

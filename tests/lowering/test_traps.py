@@ -24,13 +24,14 @@ def is_overlapped(trace: Trace, hop: str) -> bool:
 
 
 def check_results(traces: list[Trace]) -> None:
-    out, *grads = (
-        join(CASE, list(shards)) for shards in zip(*(t.results for t in traces), strict=True)
-    )
+    by_tensor = zip(*(t.results for t in traces), strict=True)
+    out, *grads = (join(CASE, shards) for shards in by_tensor)
     want_out, *want_grads = expected(CASE)
     assert_output_equal(out, want_out)
     names = ("dq", "dk", "dv")
-    assert_gradients_equal(dict(zip(names, grads)), dict(zip(names, want_grads)))
+    assert_gradients_equal(
+        dict(zip(names, grads, strict=True)), dict(zip(names, want_grads, strict=True))
+    )
 
 
 FORWARD = ["attention 3, forward KV, step 1", "attention 3, forward KV, step 2"]

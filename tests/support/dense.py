@@ -8,7 +8,9 @@ from torch import Tensor
 from ringcompile.ir.mask import EmptyRow, Mask, evaluate
 
 
-def keeps(mask: Mask, captures: Sequence[Tensor], shape: tuple[int, int, int]) -> Tensor:
+def keeps(
+    mask: Mask, captures: Sequence[Tensor], shape: tuple[int, int, int]
+) -> Tensor:
     """The mask as a bool tensor ``(B, H, S, S)``."""
     B, H, S = shape
     at = (

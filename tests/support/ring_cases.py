@@ -1,14 +1,14 @@
 """One attention run through the ring op on some ranks, and what it should give."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
+import sympy
 import torch
-import torch.nn.functional as F  # noqa: F401
-from support import dense
+from sympy.logic.boolalg import Boolean
 from torch import Tensor
-from torch.fx import GraphModule
 from torch.distributed import ProcessGroup
+from torch.fx import GraphModule
 
 import ringcompile.lowering  # noqa: F401
 from ringcompile import ops
@@ -17,10 +17,11 @@ from ringcompile.ir.attention import RankPlan
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.mask import EmptyRow, Mask
 from ringcompile.ir.schedule import Selection
-from ringcompile.ir.text import format_plan, parse_mask
+from ringcompile.ir.text import format_plan
 from ringcompile.lowering.inductor import inductor_patches
 from ringcompile.plan.stages import build_schedule
 from ringcompile.torch_private import compile_with_inductor
+from support import dense
 
 SCALE = 0.3
 
@@ -53,6 +54,10 @@ class Case:
     compile: str = "eager"
     any_length: bool = False
 
+    def with_length(self, length: int) -> "Case":
+        """The same attention of so many tokens."""
+        return replace(self, length=length)
+
     @property
     def captures(self) -> list[Tensor]:
         """What the mask reads, ``(B, S)`` each."""
@@ -75,7 +80,9 @@ class Case:
         random = torch.Generator().manual_seed(0)
         sizes = [(H, D), (G, D), (G, E), (H, E)]
         q, k, v, grad = (
-            torch.randn(2, heads, self.length, dim, generator=random, dtype=torch.double)
+            torch.randn(
+                2, heads, self.length, dim, generator=random, dtype=torch.double
+            )
             for heads, dim in sizes
         )
         q, k, v, grad = (x.to(self.dtype) for x in (q, k, v, grad))
@@ -117,12 +124,12 @@ def _longnet(case: Case) -> Parts:
 
 def _local_window(_case: Case) -> Parts:
     """SEMANTICS.md section 3, blocks of 8 tokens, window of 16."""
-    i, j = m.sympy.floor(m.Q / 8), m.sympy.floor(m.K / 8)
+    i, j = sympy.floor(m.Q / 8), sympy.floor(m.K / 8)
     near = m.at_least_zero(1 - (i - j)) & m.at_least_zero(1 - (j - i))
     return [(Mask(near & m.causal()), None)]
 
 
-def _plain(keeps: m.Boolean) -> Callable[[Case], Parts]:
+def _plain(keeps: Boolean) -> Callable[[Case], Parts]:
     return lambda _case: [(Mask(keeps), None)]
 
 
@@ -158,30 +165,37 @@ def plan_text(case: Case, group: ProcessGroup, rank: int, *, timeout_s: float) -
     )
 
 
-def run_case(
-    group: ProcessGroup, rank: int, case: Case, timeout_s: float = 60.0
-) -> tuple[Tensor | None, ...]:
+def run_case(group: ProcessGroup, rank: int, case: Case) -> tuple[Tensor | None, ...]:
     """This rank's rows of out, dq, dk and dv."""
     layout = Layout(case.layout, group.size())
     at = torch.tensor(layout.positions(rank, case.length))
     is_real = at < case.length
     own = [x[:, :, at.clamp(max=case.length - 1)] for x in case.tensors()]
     *inputs, grad = own
-    grad = grad * is_real[:, None]  # a pad's cotangent is zero
     for x, needed in zip(inputs, case.needs_grad, strict=True):
         x.requires_grad_(needed)
-    plan = plan_text(case, group, rank, timeout_s=timeout_s)
-    out = compile_ring(plan, case)(*inputs, case.captures)
-    out.backward(grad)
+    attend = compile_ring(plan_text(case, group, rank, timeout_s=60.0), case)
+    out = attend(*inputs, case.captures)
+    if any(case.needs_grad):
+        out.backward(grad * is_real[:, None])  # a pad's cotangent is zero
     results = (out.detach(), *(x.grad for x in inputs))
     return tuple(None if x is None else x[:, :, is_real] for x in results)
+
+
+def run_inference(group: ProcessGroup, rank: int, case: Case) -> Tensor:
+    """This rank's rows of out."""
+    with torch.no_grad():
+        out = run_case(group, rank, case)[0]
+    assert out is not None
+    return out
 
 
 def compile_ring(plan: str, case: Case) -> Callable[..., Tensor]:
     """The ring op as a function of q, k, v and captures."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, captures: list[Tensor]) -> Tensor:
-        return ops.RING_ATTENTION(q, k, v, captures, plan=plan)
+        out: Tensor = ops.RING_ATTENTION(q, k, v, captures, plan=plan)
+        return out
 
     if case.compile == "eager":
         return attend
@@ -199,8 +213,9 @@ def run_cases(
     return [run_case(group, rank, case) for case in cases]
 
 
-def join(case: Case, shards: list[Tensor]) -> Tensor:
+def join(case: Case, shards: Iterable[Tensor | None]) -> Tensor:
     """All rows in the user's order, from each rank's real ones."""
-    layout = Layout(case.layout, len(shards))
+    found = [x for x in shards if x is not None]
+    layout = Layout(case.layout, len(found))
     order = [p for p in layout.permutation(case.length) if p < case.length]
-    return torch.cat(shards, 2)[:, :, torch.tensor(order).argsort()]
+    return torch.cat(found, 2)[:, :, torch.tensor(order).argsort()]

@@ -1,0 +1,77 @@
+"""What Inductor is told."""
+
+import torch
+from torch.fx import Graph
+from torch.utils.checkpoint import CheckpointPolicy
+
+from ringcompile import ops
+from ringcompile.lowering import inductor
+from ringcompile.lowering.inductor import inductor_patches, sources_hash
+from ringcompile.torch_private import GraphPass, pass_uuid
+
+
+def joint_graph() -> Graph:
+    graph = Graph()
+    x = graph.placeholder("x")
+    graph.output(
+        graph.call_function(ops.KEEP, (graph.call_function(ops.TOUCH, (x, [])), []))
+    )
+    return graph
+
+
+def joint_pass(patches: dict[str, object]) -> GraphPass:
+    found = patches["joint_custom_pre_pass"]
+    assert callable(found)
+    return found
+
+
+def run_joint_pass(patches: dict[str, object]) -> Graph:
+    graph = joint_graph()
+    joint_pass(patches)(graph)
+    return graph
+
+
+def test_kept_values_are_saved() -> None:
+    graph = run_joint_pass(inductor_patches({}))
+    policies = {n.target: n.meta.get("recompute") for n in graph.nodes}
+    assert policies[ops.KEEP] is CheckpointPolicy.MUST_SAVE
+    assert policies[ops.TOUCH] is None
+
+
+def test_a_users_patches_win_and_its_passes_run_first() -> None:
+    seen: list[object] = []
+    user = {
+        "joint_custom_pre_pass": lambda g: seen.append(next(iter(g.nodes)).op),
+        "max_autotune": True,
+        "reorder_for_locality": True,
+    }
+    patches = inductor_patches(user)
+    run_joint_pass(patches)
+    assert seen == ["placeholder"]
+    assert patches["max_autotune"] is True
+    assert patches["reorder_for_locality"] is True
+    assert patches["reorder_for_peak_memory"] is False
+
+
+def test_a_users_pass_set_globally_runs_too() -> None:
+    seen: list[Graph] = []
+    with torch._inductor.config.patch(  # noqa: TID251
+        joint_custom_pre_pass=seen.append
+    ):
+        patches = inductor_patches({})
+    run_joint_pass(patches)
+    assert len(seen) == 1
+
+
+def test_caches_know_our_pass_but_not_an_anonymous_one() -> None:
+    ours = joint_pass(inductor_patches({}))
+    assert sources_hash() in pass_uuid(ours)
+    with_users = inductor_patches({"joint_custom_pre_pass": print})
+    assert pass_uuid(joint_pass(with_users)) == ""
+    both = inductor_patches({"joint_custom_pre_pass": ours})
+    assert pass_uuid(joint_pass(both)) not in {"", pass_uuid(ours)}
+
+
+def test_sources_are_all_that_give_a_plan_its_meaning() -> None:
+    names = {f.name for f in inductor.source_files()}
+    assert {"ring.py", "process_group.py", "ops.py", "schedule.py"} <= names
