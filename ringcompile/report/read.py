@@ -216,7 +216,7 @@ def _sum_traffic(
         hops_forward=add((n, step.forward_bytes) for n, step in steps),
         hops_backward=add((n, step.backward_bytes) for n, step in steps),
         gathers=(trial.gathers,) * world_size,
-        gradients=(trial.reduces,) * world_size,
+        reduces=(trial.reduces,) * world_size,
     )
 
 

@@ -95,14 +95,14 @@ class Traffic:
         hops_forward: K and V of attentions.
         hops_backward: K, V and their gradients.
         gathers: all-gathers of values that are made whole, forward and backward.
-        gradients: all-reduces of parameter gradients, losses and the like. A rank is
+        reduces: all-reduces of parameter gradients, losses and the like. A rank is
             counted as sending ``2 (P - 1) / P`` of each value.
     """
 
     hops_forward: tuple[int, ...]
     hops_backward: tuple[int, ...]
     gathers: tuple[int, ...]
-    gradients: tuple[int, ...]
+    reduces: tuple[int, ...]
 
     @property
     def total(self) -> tuple[int, ...]:
@@ -129,7 +129,7 @@ class Memory:
     """Bytes on each rank, equal for all since shards are padded to one size.
 
     Attributes:
-        parameters: parameters and buffers, not sharded.
+        parameters: all of them; they are not sharded.
         saved: what autograd saves for backward beside those, before Inductor recomputes
             or fuses anything: an upper bound of the compiled graph's.
         attention: the part of it that attentions save: q, k, v, out, LSE.

@@ -1,6 +1,7 @@
 """A report as text for people: printable ASCII, stable, without paths of a machine."""
 
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby
@@ -35,7 +36,7 @@ def format_report(graphs: Sequence[GraphReport], world_size: int) -> str:
     parts += [_format_schedule(s) for g in graphs for s in g.schedules]
     gathers = [x for g in graphs for x in g.gathers]
     if gathers:
-        parts.append("\n".join(["gathers", *map(_format_gather, gathers)]))
+        parts.append("\n".join(["made whole on every rank", *_format_gathers(gathers)]))
     if world_size > 1 and attentions:
         traffic = Traffic.sum_of((g.traffic for g in graphs), world_size)
         memory = sum((g.memory for g in graphs), Memory(0, 0, 0, 0))
@@ -152,34 +153,41 @@ def _shorten(there: Sequence[int], back: Sequence[int]) -> list[tuple[int, int]]
     return pairs[:1] if len(set(pairs)) == 1 else pairs
 
 
-def _format_gather(gather: GatherReport) -> str:
-    size = format_bytes(gather.num_bytes)
-    return (
-        f"  {gather.what}: {size} on every rank, {gather.because}"
-        f"\n    at {format_place(gather.where)}"
-    )
+def _format_gathers(gathers: Sequence[GatherReport]) -> Iterator[str]:
+    """Neighbours of one line, size and reason are told once."""
+
+    def alike(gather: GatherReport) -> tuple[str, int, str]:
+        return gather.where.split(" (")[0], gather.num_bytes, gather.because
+
+    for (where, num_bytes, because), group in groupby(gathers, alike):
+        counts = Counter(g.what for g in group)
+        names = (what if n == 1 else f"{n} x {what}" for what, n in counts.items())
+        each = " each" if counts.total() > 1 else ""
+        yield f"  {', '.join(names)}: {format_bytes(num_bytes)}{each}"
+        yield f"    at {format_place(where)}"
+        yield f"    because {because}"
 
 
 def _format_traffic(traffic: Traffic) -> str:
-    head = ("sent by", "K, V", "backward", "gathers", "gradients", "total")
+    head = ("", "hops", "hops back", "all-gathers", "all-reduces", "total")
     columns = (
         traffic.hops_forward,
         traffic.hops_backward,
         traffic.gathers,
-        traffic.gradients,
+        traffic.reduces,
         traffic.total,
     )
     rows = [head] + [
         (f"rank {rank}", *map(format_bytes, sizes))
         for rank, sizes in enumerate(zip(*columns, strict=True))
     ]
-    title = "bytes for one forward and one backward"
+    title = "bytes that each rank sends in one forward and one backward"
     return f"{title}\n{indent(_format_table(rows), '  ')}"
 
 
 def _format_memory(memory: Memory) -> str:
     rows = (
-        ("parameters and buffers", memory.parameters),
+        ("parameters", memory.parameters),
         ("saved for backward, at most", memory.saved),
         ("  of that by attentions", memory.attention),
         ("made whole", memory.gathered),
