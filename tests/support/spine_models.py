@@ -186,7 +186,7 @@ def run_reference(row: SpineModel, attention: str, inputs: Inputs) -> Outcome:
 
 
 class _Float64(TorchFunctionMode):
-    """Leaves float64 values float64 where a model asks for float32.
+    """Gives float64 wherever a model asks for float32.
 
     transformers computes norms, softmax and loss in float32 "to be exact", which cuts
     float64 down, and turns masked scores (``finfo(float64).min``) to -inf: NaN in empty
@@ -201,11 +201,8 @@ class _Float64(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         kwargs = dict(kwargs or {})
-        first = args[0] if args else None
-        if not (isinstance(first, Tensor) and first.dtype == torch.float64):
-            return func(*args, **kwargs)
         if func is Tensor.float:
-            return first
+            return args[0].double()
         if kwargs.get("dtype") == torch.float32:
             kwargs["dtype"] = torch.float64
         if func is Tensor.to:
