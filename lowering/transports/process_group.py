@@ -36,11 +36,26 @@ class _Transfer:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Who waits for what, for error texts."""
+    """Who waits for what, and for how long.
+
+    Attributes:
+        rank: the rank that waits.
+        tag: of the op.
+        timeout_s: the longest wait.
+        on_host: whether to wait at all; else only the stream is made to.
+    """
 
     rank: int
     tag: int
     timeout_s: float
+    on_host: bool = True
+
+    def wait(self, work: dist.Work) -> None:
+        """End one transfer."""
+        if self.on_host:
+            work.wait(timedelta(seconds=self.timeout_s))
+        else:
+            work.wait()  # given a limit, NCCL's blocks the host, asleep 10 ms at a time
 
 
 class TimedWork(Work):
@@ -66,10 +81,9 @@ class TimedWork(Work):
     def wait(self, _timeout: timedelta | None = None) -> bool:
         """Wait for all transfers, each for at most ``timeout_s``."""
         transfers, self._transfers = self._transfers, ()
-        limit = timedelta(seconds=self._place.timeout_s)
         for transfer in transfers:
             try:
-                transfer.work.wait(limit)
+                self._place.wait(transfer.work)
             except RuntimeError as error:
                 raise _transport_error(self._place, transfer.name, error) from error
         finish, self._finish = self._finish, None
@@ -111,7 +125,7 @@ def _hop(  # noqa: PLR0913, PLR0917 - the op's schema
         for x, rows in zip(payload, recv_rows, strict=True)
     ]
     group = find_group(group_name)
-    _warm_up(group)
+    _warm_up(group, payload[0])
     sent = [x.contiguous() for x in payload]
     # Rows travel only where there are some; both ends know how many there are.
     sends = [x for x in sent if dst >= 0 and x.numel()]
@@ -120,7 +134,8 @@ def _hop(  # noqa: PLR0913, PLR0917 - the op's schema
     requests += [dist.P2POp(dist.irecv, x, None, group, tag, src) for x in receives]
     if not requests:
         return received
-    place = _Place(dist.get_rank(group), tag, timeout_s)
+    on_host = not payload[0].is_cuda
+    place = _Place(dist.get_rank(group), tag, timeout_s, on_host)
     names = [f"send to rank {dst}"] * len(sends)
     names += [f"receive from rank {src}"] * len(receives)
     try:
@@ -141,16 +156,15 @@ def _hop(  # noqa: PLR0913, PLR0917 - the op's schema
 _warm_groups: WeakSet[dist.ProcessGroup] = WeakSet()
 
 
-def _warm_up(group: dist.ProcessGroup) -> None:
-    """Let all ranks meet before their first hop.
+def _warm_up(group: dist.ProcessGroup, like: Tensor) -> None:
+    """Let all ranks meet before their first hop over NCCL.
 
     The first batched P2P of an NCCL group must involve every rank (pytorch PR #74701).
     All ranks emit the same hops, so each of them comes here at its first one.
     """
-    if group in _warm_groups or group.name() != "nccl":
-        return
-    _warm_groups.add(group)
-    dist.barrier(group)
+    if like.is_cuda and group not in _warm_groups:
+        _warm_groups.add(group)
+        dist.all_reduce(like.new_zeros(1), group=group)
 
 
 # ---- collectives ---------------------------------------------------------------------
@@ -164,7 +178,7 @@ def _all_gather(
     sent = x.contiguous()
     gathered = x.new_empty((cp_size, *x.shape))
     work = start_all_gather(group, gathered, sent, timeout_s)
-    place = _Place(dist.get_rank(group), tag, timeout_s)
+    place = _Place(dist.get_rank(group), tag, timeout_s, on_host=not x.is_cuda)
     transfer = _Transfer(work, "all-gather")
     register_work(gathered, TimedWork(place, [transfer], [sent]))
     return gathered
@@ -178,7 +192,8 @@ def _all_reduce(
     options = dist.AllreduceOptions()
     options.timeout = timedelta(seconds=timeout_s)
     results = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
-    place = _Place(dist.get_rank(group), tag, timeout_s)
+    on_host = not xs[0].is_cuda
+    place = _Place(dist.get_rank(group), tag, timeout_s, on_host)
     for dtype in dict.fromkeys(x.dtype for x in xs):
         mine = [i for i, x in enumerate(xs) if x.dtype == dtype]
         flat = torch.cat([xs[i].reshape(-1) for i in mine])
