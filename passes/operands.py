@@ -89,7 +89,10 @@ def find_operands(
             because="K and V travel together, head by head",
             instead="give K and V equally many heads",
         )
-    return find_operand(reader, q, heads=heads), keys, values
+    queries = find_operand(reader, q, heads=heads)
+    if not sizes_equal(shape_of(queries.node)[1], heads):
+        queries = Operand(q)
+    return queries, keys, values
 
 
 def _same_heads(k: Operand, v: Operand) -> bool:

@@ -44,12 +44,18 @@ class Score:
     drops: frozenset[Drop] = frozenset()
     dtype: torch.dtype = torch.float32
 
-    def multiply(self, factor: float) -> "Score":
-        """Every score times ``factor``."""
-        drops = {replace(d, number=d.number * factor) for d in self.drops}
-        for drop in drops:
-            _check_drops(drop.number, self.dtype)
-        return replace(self, scale=self.scale * factor, drops=frozenset(drops))
+    def multiply(self, factor: float, dtype: torch.dtype) -> "Score":
+        """Every score times ``factor``, in ``dtype``."""
+        numbers = {d: round_to(d.number * factor, dtype) for d in self.drops}
+        for number in numbers.values():
+            _check_drops(number, dtype)
+        drops = frozenset(replace(d, number=n) for d, n in numbers.items())
+        return replace(self, scale=self.scale * factor, drops=drops)
+
+    def cast(self, dtype: torch.dtype) -> "Score":
+        """Every score rounded to ``dtype``: a low number may become -inf."""
+        rounded = {replace(d, number=round_to(d.number, dtype)) for d in self.drops}
+        return replace(self, drops=frozenset(rounded))
 
     def add(self, mask: Value, dtype: torch.dtype) -> "Score":
         """A mask added; scores then have ``dtype``."""
@@ -63,6 +69,7 @@ class Score:
 
     def fill(self, where: Boolean, number: float, dtype: torch.dtype) -> "Score":
         """Scores replaced by a number in some places."""
+        number = round_to(number, dtype)
         _check_drops(number, dtype)
         drops = self.drops | {Drop(number, replaces=True)}
         keeps = conjunction(self.keeps, negate(where))
@@ -112,4 +119,6 @@ def _check_drops(number: float, dtype: torch.dtype) -> None:
 
 def round_to(number: float, dtype: torch.dtype) -> float:
     """The nearest number that a dtype has."""
-    return float(torch.tensor(number, dtype=torch.float64).to(dtype).item())
+    return float(
+        torch.tensor(number, dtype=torch.float64, device="cpu").to(dtype).item()
+    )

@@ -52,6 +52,7 @@ def read_spelled(reader: Reader, spelled: Spelled) -> Parts:
     for below, node in pairwise(spelled.way_down):
         score = _read_step(reader, below, node, score)
     operands = find_operands(reader, q, k, v, k_transposed=True)
+    score = score.cast(spelled.softmax.weights.meta["val"].dtype)
     infinite = EmptyRow.NAN if spelled.softmax.is_one_op else None
     return Parts(output, *operands, score, infinite)
 
@@ -127,7 +128,7 @@ def _read_step(reader: Reader, below: Node, node: Node, score: Score) -> Score:
     if op.packet in _STEPS:
         return _STEPS[op.packet](reader, op, below, score)
     if keeps_elements(op) and op.packet is not aten.dropout:
-        return score
+        return score.cast(_dtype(op))
     if op.packet is aten.tanh:
         raise Refused(
             "attention with a softcap (tanh of scores)",
@@ -142,13 +143,13 @@ def _read_step(reader: Reader, below: Node, node: Node, score: Score) -> Score:
 
 
 def _multiply(reader: Reader, op: Op, below: Node, score: Score) -> Score:
-    return score.multiply(_read_factor(reader, op, below))
+    return score.multiply(_read_factor(reader, op, below), _dtype(op))
 
 
 def _divide(reader: Reader, op: Op, below: Node, score: Score) -> Score:
     if op.args["self"] is not below or op.args.get("rounding_mode") is not None:
         raise Unreadable(f"{op.node.name} divides by scores or rounds them")
-    return score.multiply(1.0 / _read_factor(reader, op, below))
+    return score.multiply(1.0 / _read_factor(reader, op, below), _dtype(op))
 
 
 def _read_factor(reader: Reader, op: Op, below: Node) -> float:

@@ -150,6 +150,8 @@ class Reader:
             return not (is_tensor(node) and is_float(node))
         if node.op != "call_function" or self.is_mutated(node) or _is_random(node):
             return False
+        if not isinstance(node.target, OpOverload) and not _is_python(node):
+            return False
         return all(self._is_replicated(n) for n in node.all_input_nodes)
 
     def is_mutated(self, node: Node) -> bool:
@@ -174,6 +176,11 @@ def _is_elementwise(node: Node) -> bool:
         and torch.Tag.pointwise in target.tags
         and not _is_random(node)
     )
+
+
+def _is_python(node: Node) -> bool:
+    """Whether the node is a function of Python on numbers or tuples."""
+    return getattr(node.target, "__module__", "") in ("_operator", "math", "torch")
 
 
 def _is_random(node: Node) -> bool:

@@ -97,7 +97,7 @@ def is_constant(number: Number) -> bool:
 
 def _to_scalar(number: Number, dtype: torch.dtype, ndim: int = 0) -> Tensor:
     known = number if isinstance(number, float) else int(number)
-    return torch.full((1,) * ndim, known, dtype=dtype)
+    return torch.full((1,) * ndim, known, dtype=dtype, device="cpu")
 
 
 def read_constant(x: Tensor) -> Content:
@@ -113,6 +113,8 @@ def _from_scalar(x: Tensor) -> Number:
 def read_scalar(argument: Any) -> Number:  # noqa: ANN401
     """A Python or symbolic number; a symbolic float is fixed to its value, guarded."""
     value = argument.meta.get("val") if isinstance(argument, Node) else argument
+    if isinstance(value, torch.SymFloat) and not value.node.has_hint():
+        raise Unreadable("a number is known at run time only")
     if isinstance(value, (float, torch.SymFloat)):
         return float(value)
     return read_integer(value)

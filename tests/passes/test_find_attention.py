@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from support.attentions import trace, trace_model
 from torch import Tensor, nn
 
-from ringcompile.ir.mask import EmptyRow, Mask, causal, conjunction, key_padding
+from ringcompile.ir.mask import TRUE, EmptyRow, Mask, causal, conjunction, key_padding
+from ringcompile.passes.read_score import Score
 
 B, H, G, S, D, E = 2, 6, 3, 10, 8, 5
 LOWEST = torch.finfo(torch.float32).min
@@ -118,6 +119,10 @@ MASKED: dict[str, tuple[Callable[[Tensor], Tensor], EmptyRow]] = {
     "masked_fill min": (lambda a: a.masked_fill(ahead(), LOWEST), EmptyRow.MEAN_ALL),
     "where": (lambda a: torch.where(ahead(), LOWEST, a), EmptyRow.MEAN_ALL),
     "where kept": (lambda a: torch.where(~ahead(), a, -math.inf), EmptyRow.NAN),
+    "scaled over the edge": (
+        lambda a: a.masked_fill(ahead(), LOWEST) * 4,
+        EmptyRow.NAN,
+    ),
     "where of tensors": (
         lambda a: torch.where(ahead(), torch.full((S, S), -math.inf), a),
         EmptyRow.NAN,
@@ -157,6 +162,20 @@ def test_what_a_query_without_keys_gives(spelling: str) -> None:
     pads = torch.arange(S).expand(B, -1) < 3
     region = trace(attend, *make_qkv(), pads).region()
     assert region.mask.empty_row is want
+
+
+def test_a_repeated_q_keeps_its_heads() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(repeat_kv(q[:, :G]), k, v)
+
+    region = trace(attend, *make_qkv()).region()
+    assert region.q.node.meta["val"].shape[1] == H
+
+
+def test_a_low_number_that_a_cast_rounds_to_infinity_is_infinite() -> None:
+    score = Score(1.0).fill(TRUE, LOWEST, torch.float32)
+    assert score.empty_row(EmptyRow.NAN) is EmptyRow.MEAN_ALL
+    assert score.cast(torch.bfloat16).empty_row(EmptyRow.NAN) is EmptyRow.NAN
 
 
 def test_masks_in_several_steps_are_joined() -> None:

@@ -110,7 +110,7 @@ def assert_region_is_true(region: Region, values: dict[Node, Any]) -> None:
     got = values[region.output].double()
     rounding = torch.finfo(values[region.output].dtype).eps
     torch.testing.assert_close(
-        got, weights @ v, rtol=4 * rounding, atol=8 * rounding, equal_nan=True
+        got, weights @ v, rtol=32 * rounding, atol=32 * rounding, equal_nan=True
     )
     want = read_kept(region, values)
     has_key = kept.any(-1, keepdim=True)
