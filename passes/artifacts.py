@@ -5,6 +5,7 @@ and ``ringcompile.schedules``; the folder ``RINGCOMPILE_DUMP`` gets the graph be
 after each pass, in files that sort by rank, graph and pass.
 """
 
+import logging
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 from ringcompile.config import Environment
 from ringcompile.passes.pipeline import Rewritten
 from ringcompile.torch_private import emit_structured_trace
+
+log = logging.getLogger(__name__)
 
 _graph_numbers = count()
 
@@ -23,14 +26,23 @@ def emit_artifacts(made: Rewritten, *, rank: int) -> None:
         made: what the passes made of one graph.
         rank: named in file names, since ranks share a folder.
     """
+    number = next(_graph_numbers)
+    log.info("graph %d: %s", number, _summarize(made))
     schedules = _format_schedules(made)
     for name, text in (*made.texts.items(), ("schedules", schedules)):
         emit_structured_trace(f"ringcompile.{name}", text)
     folder = Environment.read().dump_dir
     if folder is not None:
-        prefix = f"rank{rank}.graph{next(_graph_numbers):02d}"
+        prefix = f"rank{rank}.graph{number:02d}"
         files = {**dict(_name_files(made)), "schedules.txt": schedules}
         _write(folder, {f"{prefix}.{name}": text for name, text in files.items()})
+
+
+def _summarize(made: Rewritten) -> str:
+    rings, refused = len(made.attentions), len(made.refusals)
+    layouts = dict.fromkeys(str(a.plan.schedule.layout) for a in made.attentions)
+    of = f" as {', '.join(layouts)}" if layouts else ""
+    return f"{rings} of {rings + refused} attentions ring{of}"
 
 
 def _format_schedules(made: Rewritten) -> str:

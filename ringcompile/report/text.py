@@ -51,7 +51,8 @@ def format_bytes(num_bytes: int) -> str:
     value, unit = float(num_bytes), 0
     while value >= 1024 and unit < len(_UNITS) - 1:  # noqa: PLR2004 - the unit
         value, unit = value / 1024, unit + 1
-    return f"{value:.0f} B" if unit == 0 else f"{value:.3g} {_UNITS[unit]}"
+    is_whole = unit == 0 or value >= 100  # noqa: PLR2004 - three digits
+    return f"{value:.{0 if is_whole else 3}{'f' if is_whole else 'g'}} {_UNITS[unit]}"
 
 
 def format_place(line: str) -> str:
