@@ -26,7 +26,7 @@ def run_demo(size: DemoSize, console: Console) -> int:
         with Display(size, console) as display:
             results = Results.of(run_ranks(size, display.on_stage))
     except RankFailedError as error:
-        console.print(str(error), markup=False, highlight=False)
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         return 1
     console.print(format_results(results))
     return 0 if results.is_right else 1

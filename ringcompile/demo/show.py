@@ -3,6 +3,7 @@
 from types import TracebackType
 from typing import Self
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.progress import (
     BarColumn,
@@ -14,7 +15,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from ringcompile.demo.records import TOLERANCE, DemoSize, Results, Run, Stage
+from ringcompile.demo.records import TOLERANCE, DemoSize, Results, Stage
 from ringcompile.report.text import format_bytes
 
 _ORDER = tuple(Stage)
@@ -67,33 +68,38 @@ class Display:
 
 
 def format_results(results: Results) -> Group:
-    """The table, and in one line what it says."""
-    table = Table(title="errors against eager in float64, as a share of the largest")
-    for name in ("", "loss", "loss err", "logits err", "grad err", "rings", "sent"):
-        table.add_column(name, justify="right" if name else "left")
-    for name in ("peak memory", "first run", "next run"):
+    """The table, a column for each run, and in one line what it says."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column()
+    ranks = (f"rank {n}" for n in range(len(results.ranks)))
+    for name in ("eager float32", *ranks):
         table.add_column(name, justify="right")
-    table.add_row("eager float32", *_cells(results.eager, "", ""))
-    rings = f"{results.plan.rings} of {results.plan.attentions}"
-    for rank, run in enumerate(results.ranks):
-        sent = format_bytes(results.plan.sent_bytes[rank])
-        table.add_row(f"rank {rank}", *_cells(run, rings, sent))
+    runs = (results.eager, *results.ranks)
+    plan = results.plan
+    rings = f"{plan.rings} of {plan.attentions}"
+    errors = [run.errors for run in runs]
+    rows = {
+        "loss": [f"{e.loss:.6f}" for e in errors],
+        "loss error": [f"{e.loss_error:.1e}" for e in errors],
+        "worst logit error": [f"{e.logits:.1e}" for e in errors],
+        "worst gradient error": [f"{e.gradient:.1e}" for e in errors],
+        "attentions made rings": ["", *([rings] * len(results.ranks))],
+        "bytes sent, as planned": ["", *map(format_bytes, plan.sent_bytes)],
+        "peak memory": [format_bytes(run.peak_bytes) for run in runs],
+        "first run": [f"{run.first_s:.1f} s" for run in runs],
+        "next run": [f"{run.next_s:.1f} s" for run in runs],
+    }
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
     return Group(table, _format_verdict(results))
 
 
-def _cells(run: Run, rings: str, sent: str) -> list[str]:
-    e = run.errors
-    errors = (f"{x:.1e}" for x in (e.loss_error, e.logits, e.gradient))
-    seconds = (f"{run.first_s:.1f} s", f"{run.next_s:.1f} s")
-    peak = format_bytes(run.peak_bytes)
-    return [f"{e.loss:.6f}", *errors, rings, sent, peak, *seconds]
-
-
 def _format_verdict(results: Results) -> Text:
-    errors = max((run.errors for run in results.ranks), key=lambda e: e.gradient)
+    worst = max((run.errors for run in results.ranks), key=lambda e: e.gradient)
     text = (
-        f"worst gradient: {errors.gradient_name}; every error must be at most"
-        f" {TOLERANCE:g}, and every attention a ring: "
+        "Errors are against eager in float64, as a share of the largest value. Each may"
+        f" be {TOLERANCE:g}, and every attention must be a ring. The worst gradient is"
+        f" that of {worst.gradient_name}. "
     )
     right, wrong = Text("right", "bold green"), Text("WRONG", "bold red")
     return Text(text) + (right if results.is_right else wrong)
