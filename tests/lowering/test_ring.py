@@ -3,7 +3,10 @@
 import pytest
 import torch
 from support.ranks import RankPool
-from support.ring_cases import Case, join, run_cases, run_inference
+from support.ring_cases import Case, join, run_case, run_cases, run_inference
+from support.tolerances import assert_no_worse_than_one_rank
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ringcompile.ir.mask import EmptyRow
 
@@ -19,6 +22,7 @@ MASKS = (
 LAYOUTS = ("contiguous", "zigzag", "striped")
 
 
+NAMES = ("out", "dq", "dk", "dv")
 LIMITS = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 1e-2}
 
 
@@ -27,7 +31,7 @@ def check(ranks: RankPool, world_size: int, cases: list[Case]) -> None:
     for case, *by_rank in zip(cases, *results, strict=True):
         needed = (True, *case.needs_grad)
         for name, want, shards, is_needed in zip(
-            ("out", "dq", "dk", "dv"),
+            NAMES,
             case.expected(),
             zip(*by_rank, strict=True),
             needed,
@@ -116,6 +120,25 @@ def test_frozen_inputs_have_no_gradient_and_cost_no_hang(ranks: RankPool) -> Non
     check(ranks, 3, [Case("causal", needs_grad=n) for n in FROZEN])
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_bfloat16_is_as_good_as_on_one_rank(ranks: RankPool, world_size: int) -> None:
+    cases = tuple(
+        Case(mask, layout, 128, (4, 2, 32, 32), torch.bfloat16)
+        for mask, layout in (
+            ("causal", "contiguous"),
+            ("causal", "zigzag"),
+            ("causal", "striped"),
+            ("documents", "zigzag"),
+        )
+    )
+    by_rank = ranks.run(run_cases, cases, world_size=world_size)
+    (one_rank,) = ranks.run(run_cases, cases, world_size=1)
+    for case, alone, *shards in zip(cases, one_rank, *by_rank, strict=True):
+        for n, (name, want) in enumerate(zip(NAMES, case.expected(), strict=True)):
+            got, base = join(case, [s[n] for s in shards]), join(case, [alone[n]])
+            assert_no_worse_than_one_rank(got, base, want, f"{name} of {case}")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_patterns_are_data(ranks: RankPool, layout: str) -> None:
     check(
@@ -140,6 +163,10 @@ def test_traced_by_aot_autograd(ranks: RankPool) -> None:
             Case("padding", "striped", 37, compile="aot_eager"),
             Case("padding", empty=EmptyRow.MEAN_ALL, compile="aot_eager"),
             Case("longnet", "zigzag", 37, compile="aot_eager"),
+            # Which hops are needed differs; on every rank it must be the same ones.
+            Case("causal", needs_grad=(True, False, False), compile="aot_eager"),
+            Case("causal", needs_grad=(False, True, False), compile="aot_eager"),
+            Case("causal", needs_grad=(False, False, True), compile="aot_eager"),
         ],
     )
 
@@ -161,3 +188,34 @@ def test_without_gradients(ranks: RankPool, compiler: str) -> None:
     results = ranks.run(run_inference, case, world_size=2)
     out, want = join(case, results), case.expected()[0]
     assert (out.double() - want).abs().max() < 3e-6 * want.abs().max()
+
+
+def attend_twice(
+    group: ProcessGroup, rank: int, case: Case
+) -> tuple[tuple[Tensor | None, ...], ...]:
+    return run_case(group, rank, case), run_case(group, rank, case)
+
+
+def test_two_runs_give_the_same_bits(ranks: RankPool) -> None:
+    case = Case("causal", "zigzag", dtype=torch.bfloat16)
+    for first, second in ranks.run(attend_twice, case, world_size=4):
+        for x, y in zip(first, second, strict=True):
+            assert x is not None
+            assert y is not None
+            assert torch.equal(x, y)
+
+
+def attend_under(
+    group: ProcessGroup, rank: int, case: Case
+) -> tuple[Tensor | None, Tensor | None]:
+    with torch.autocast("cpu", torch.bfloat16):
+        out, dq, *_ = run_case(group, rank, case)
+    return out, dq
+
+
+def test_autocast_is_that_of_attention(ranks: RankPool) -> None:
+    for out, dq in ranks.run(attend_under, Case("padding"), world_size=2):
+        assert out is not None
+        assert dq is not None
+        assert out.dtype == torch.bfloat16
+        assert dq.dtype == torch.float32
