@@ -26,7 +26,7 @@ from ringcompile.passes.read_values import Reader
 from ringcompile.passes.regions import Refusal, Region
 from ringcompile.passes.shadow import where
 from ringcompile.passes.symbolic import Unreadable, index_symbol, read_truth
-from ringcompile.passes.value_rules import read_scalar
+from ringcompile.passes.value_scalars import read_scalar
 
 aten = torch.ops.aten
 

@@ -15,13 +15,13 @@ from ringcompile.passes.find_softmax import (
     keeps_elements,
     same_shape,
 )
-from ringcompile.passes.op import Op, is_tensor, read_op, shape_of
+from ringcompile.passes.op import Op, read_op, shape_of
 from ringcompile.passes.operands import find_operands
 from ringcompile.passes.parts import Parts, Refused, check_operands
 from ringcompile.passes.read_score import Score
 from ringcompile.passes.read_values import Reader
 from ringcompile.passes.symbolic import Unreadable, Value, read_truth
-from ringcompile.passes.value_rules import is_constant, read_scalar
+from ringcompile.passes.value_scalars import holds_tensor, is_constant, read_scalar
 from ringcompile.torch_private import sizes_equal
 
 aten = torch.ops.aten
@@ -157,7 +157,7 @@ def _read_factor(reader: Reader, op: Op, below: Node) -> float:
     others = [op.args[name] for name in ("self", "other") if op.args[name] is not below]
     if len(others) != 1:
         raise Unreadable(f"{op.node.name} multiplies scores with themselves")
-    if not _holds_tensor(others[0]):
+    if not holds_tensor(others[0]):
         return float(read_scalar(others[0]))
     what = f"scores are scaled by {others[0].name}"
     return _only_number(reader.read(others[0]), what)
@@ -197,7 +197,7 @@ def _masked_fill(reader: Reader, op: Op, below: Node, score: Score) -> Score:
 
 def _read_fill(reader: Reader, argument: object) -> float:
     """The one number that replaces scores."""
-    if not _holds_tensor(argument):
+    if not holds_tensor(argument):
         return float(read_scalar(argument))
     assert isinstance(argument, Node), "a tensor of the graph is a node"
     return _only_number(reader.read(argument), f"{argument.name} replaces scores")
@@ -209,10 +209,6 @@ def _only_number(value: Value, what: str) -> float:
         if is_constant(number):
             return float(number)
     raise Unreadable(f"{what}, and it isn't one number")
-
-
-def _holds_tensor(argument: object) -> bool:
-    return isinstance(argument, Node) and is_tensor(argument)
 
 
 def _dtype(op: Op) -> torch.dtype:

@@ -26,7 +26,9 @@ from ringcompile.passes.symbolic import (
     index_symbol,
     make_value,
 )
-from ringcompile.passes.value_rules import RULES, elementwise, read_constant
+from ringcompile.passes.value_elementwise import elementwise
+from ringcompile.passes.value_rules import RULES
+from ringcompile.passes.value_scalars import read_constant
 from ringcompile.passes.value_views import Call
 
 aten = torch.ops.aten
