@@ -117,7 +117,7 @@ class Reader:
         if rule is None and _is_elementwise(node):
             rule = elementwise
         if rule is None:
-            raise Unreadable(f"{node.target} isn't read")
+            raise Unreadable(f"{node.name}: what {node.target} makes isn't read")
         return make_value(value.shape, value.dtype, rule(Call(op, self.read)))
 
     def _read_constant(self, node: Node) -> Value:
