@@ -81,10 +81,10 @@ def format_results(results: Results) -> Group:
     rows = {
         "loss": [f"{e.loss:.6f}" for e in errors],
         "loss error": [f"{e.loss_error:.1e}" for e in errors],
-        "worst logit error": [f"{e.logits:.1e}" for e in errors],
-        "worst gradient error": [f"{e.gradient:.1e}" for e in errors],
-        "attentions made rings": ["", *([rings] * len(results.ranks))],
-        "bytes sent, as planned": ["", *map(format_bytes, plan.sent_bytes)],
+        "logit error": [f"{e.logits:.1e}" for e in errors],
+        "gradient error": [f"{e.gradient:.1e}" for e in errors],
+        "rings": ["", *([rings] * len(results.ranks))],
+        "bytes sent": ["", *map(format_bytes, plan.sent_bytes)],
         "peak memory": [format_bytes(run.peak_bytes) for run in runs],
         "first run": [f"{run.first_s:.1f} s" for run in runs],
         "next run": [f"{run.next_s:.1f} s" for run in runs],
@@ -97,9 +97,9 @@ def format_results(results: Results) -> Group:
 def _format_verdict(results: Results) -> Text:
     worst = max((run.errors for run in results.ranks), key=lambda e: e.gradient)
     text = (
-        "Errors are against eager in float64, as a share of the largest value. Each may"
-        f" be {TOLERANCE:g}, and every attention must be a ring. The worst gradient is"
-        f" that of {worst.gradient_name}. "
+        "Errors are the worst against eager in float64, as a share of the largest value:"
+        f" each may be {TOLERANCE:g}, and every attention must be a ring. The worst"
+        f" gradient is that of {worst.gradient_name}. Bytes are those of the plan. "
     )
     right, wrong = Text("right", "bold green"), Text("WRONG", "bold red")
     return Text(text) + (right if results.is_right else wrong)
