@@ -15,7 +15,10 @@ from ringcompile import ops
 from ringcompile.lowering.hops import Phase, Tag
 
 PACKAGES = ("ringcompile", "torch", "transformers", "rich", "sympy", "networkx")
-OPTIONAL = {"transformers": "only the demo and explain --model need it"}
+OPTIONAL = {
+    "ringcompile": "run from a checkout, so import it to register the backend",
+    "transformers": "only the demo and explain --model need it",
+}
 PEER_TIMEOUT_S = 60.0
 
 

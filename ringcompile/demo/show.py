@@ -97,9 +97,9 @@ def format_results(results: Results) -> Group:
 def _format_verdict(results: Results) -> Text:
     worst = max((run.errors for run in results.ranks), key=lambda e: e.gradient)
     text = (
-        "Errors are the worst against eager in float64, as a share of the largest value:"
-        f" each may be {TOLERANCE:g}, and every attention must be a ring. The worst"
-        f" gradient is that of {worst.gradient_name}. Bytes are those of the plan. "
+        "Errors are the worst against eager in float64, as a share of the largest"
+        f" value: each may be {TOLERANCE:g}, and every attention must be a ring. The"
+        f" worst gradient is that of {worst.gradient_name}. Bytes are the plan's. "
     )
     right, wrong = Text("right", "bold green"), Text("WRONG", "bold red")
     return Text(text) + (right if results.is_right else wrong)
