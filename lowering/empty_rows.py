@@ -33,7 +33,9 @@ def fill_empty_rows(
     is_empty = (lse == -torch.inf)[..., None]
     if mask.empty_row is EmptyRow.NAN:
         return torch.where(is_empty & _is_real(out, plan), torch.nan, out)
-    return torch.where(is_empty, _mean_of_all(*qkv, plan).to(out.dtype), out)
+    passes_scores = mask.empty_row is EmptyRow.MEAN_ALL
+    mean = _mean_of_all(*qkv, plan, passes_scores=passes_scores)
+    return torch.where(is_empty, mean.to(out.dtype), out)
 
 
 def _is_real(x: Tensor, plan: RankPlan) -> Tensor:
@@ -45,10 +47,13 @@ def _is_real(x: Tensor, plan: RankPlan) -> Tensor:
     return (positions < length)[:, None]
 
 
-def _mean_of_all(q: Tensor, k: Tensor, v: Tensor, plan: RankPlan) -> Tensor:
+def _mean_of_all(
+    q: Tensor, k: Tensor, v: Tensor, plan: RankPlan, *, passes_scores: bool
+) -> Tensor:
     """Softmax over scores that are all ``finfo.min``: uniform over all S keys.
 
-    The scores' gradient still flows where the mask was added: with weights 1/S, the
+    Where the mask was put in the scores' place they get no gradient. Where it was added
+    (``passes_scores``) theirs still flows: with weights 1/S, the
     derivative of a row by its scores is ``(V_j - mean) / S``, so by q it is
     ``scale / S * K^T (V - mean)``. ``x - x.detach()`` adds that gradient to the mean.
 
@@ -69,6 +74,8 @@ def _mean_of_all(q: Tensor, k: Tensor, v: Tensor, plan: RankPlan) -> Tensor:
         length = v.shape[2] * schedule.cp_size
     total = reduce_partial(torch.where(is_real, v, 0.0).sum(2, keepdim=True), spec=spec)
     (mean,) = spread([total / length], spec=spec)
+    if not passes_scores:
+        return mean.repeat_interleave(q.shape[1] // k.shape[1], 1)
     spans = torch.where(is_real, v - mean, 0.0).detach()
     (moment,) = spread([reduce_partial(k.mT @ spans, spec=spec)], spec=spec)
     shared = q.shape[1] // k.shape[1]

@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-import torch
 from torch import Tensor
 
 from ringcompile import ops
 from ringcompile.lowering.rows import Size
-
-WAIT = torch.ops._c10d_functional.wait_tensor.default  # noqa: SLF001
+from ringcompile.torch_private import WAIT_TENSOR
 
 
 class Phase(IntEnum):
@@ -126,7 +124,7 @@ class Hops:
         """Wait until what was sent has left and what comes is here."""
         if flight.is_here:
             return flight.results
-        arrived = tuple(WAIT(x) for x in flight.results)
+        arrived = tuple(WAIT_TENSOR(x) for x in flight.results)
         if flight.is_empty:
             self.idle.extend(arrived)
         return arrived

@@ -20,8 +20,9 @@ from torch import Tensor
 from ringcompile import ops
 from ringcompile.ir.layout import Run
 from ringcompile.ir.reshard import ReshardSpec, parse_spec
-from ringcompile.lowering.hops import WAIT, reshard_tag
+from ringcompile.lowering.hops import reshard_tag
 from ringcompile.lowering.rows import Size, resolve
+from ringcompile.torch_private import WAIT_TENSOR
 
 Scalar = int | float | bool
 
@@ -103,7 +104,7 @@ def _gather_ranks(x: Tensor, spec: ReshardSpec) -> Tensor:
     """The same tensor of all ranks, stacked: ``(P, ...)``."""
     if spec.layout.cp_size == 1:
         return x[None]
-    gathered: Tensor = WAIT(
+    gathered: Tensor = WAIT_TENSOR(
         ops.ALL_GATHER(
             *(x, spec.layout.cp_size, reshard_tag("gather")),
             *(spec.group_name, spec.timeout_s),
@@ -119,7 +120,7 @@ def _sum_ranks(xs: Sequence[Tensor], spec: ReshardSpec, kind: str) -> list[Tenso
     wide = [x.to(ops.accumulation_dtype(x.dtype)) for x in xs]
     tag = reshard_tag(kind)
     sums = ops.ALL_REDUCE(wide, tag, spec.group_name, spec.timeout_s)
-    return [WAIT(s).to(x.dtype) for s, x in zip(sums, xs, strict=True)]
+    return [WAIT_TENSOR(s).to(x.dtype) for s, x in zip(sums, xs, strict=True)]
 
 
 # ---- ops -----------------------------------------------------------------------------

@@ -32,7 +32,8 @@ class Op:
     @property
     def packet(self) -> OpOverloadPacket:
         """The op without its overload, which rules are found by."""
-        return self.overload.overloadpacket
+        packet: OpOverloadPacket = self.overload.overloadpacket
+        return packet
 
     def slot(self, name: str) -> int | None:
         """The slot of a single-tensor argument; None when it isn't given."""

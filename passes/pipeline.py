@@ -23,6 +23,7 @@ from ringcompile.ir.schedule import Schedule, Selection
 from ringcompile.ir.text import format_plan
 from ringcompile.mesh import Ranks
 from ringcompile.passes.caches import CACHE_ADVICE, find_cache_outputs
+from ringcompile.passes.canonicalize import canonicalize
 from ringcompile.passes.emitter import AxisLayout
 from ringcompile.passes.find_attention import find_attention
 from ringcompile.passes.op import shape_of
@@ -32,6 +33,7 @@ from ringcompile.passes.regions import Refusal, Region
 from ringcompile.passes.rewrite import Gathered, Sharding, rewrite
 from ringcompile.passes.shadow import trace_shadow
 from ringcompile.passes.text import format_graph
+from ringcompile.patterns import Pattern
 from ringcompile.plan.choose import choose_layout
 from ringcompile.plan.coverage import DependsOnLength
 from ringcompile.plan.stages import build_schedule
@@ -103,6 +105,8 @@ def run_passes(
     """
     made = Rewritten(trace_shadow(gm, example_inputs))
     _note(made, "shadow")
+    with observe_pass(made.gm, "canonicalize"):
+        canonicalize(made.gm)
     with observe_pass(made.gm, "find_attention"):
         found = find_attention(made.gm)
     made.refusals = tuple(f for f in found if isinstance(f, Refusal))
@@ -266,11 +270,10 @@ class _Planner:
 
     def _parts(self, region: Region) -> tuple[PartSpec, ...]:
         pattern = self._options.attention
-        if pattern == "exact":
+        if not isinstance(pattern, Pattern):
             return ((region.mask, None),)
         heads, kv_heads = (shape_of(o.node)[1] for o in (region.q, region.k))
-        parts: tuple[PartSpec, ...] = pattern.build_parts(region.mask, heads, kv_heads)
-        return parts
+        return pattern.build_parts(region.mask, heads, kv_heads)
 
 
 def _settle_length(length: int | SymInt, layout: Layout) -> tuple[int | SymInt, bool]:

@@ -88,8 +88,9 @@ class Score:
         if numbers == {-math.inf}:
             return infinite
         coarse = self.dtype is not torch.float16 or all(d.replaces for d in self.drops)
-        if len(numbers) == 1 and coarse:
-            return EmptyRow.MEAN_ALL
+        ways = {d.replaces for d in self.drops}
+        if len(numbers) == 1 and len(ways) == 1 and coarse:
+            return EmptyRow.MEAN_FILLED if ways == {True} else EmptyRow.MEAN_ALL
         raise Unreadable(
             "a query may have no key, and its weights would then depend on how each key"
             f" was dropped (by {sorted(numbers)} in {self.dtype})"

@@ -14,9 +14,9 @@ from torch.fx import GraphModule
 from ringcompile.config import RingOptions
 from ringcompile.lowering.inductor import inductor_patches, sources_hash
 from ringcompile.mesh import Ranks, find_ranks
+from ringcompile.passes.artifacts import emit_artifacts
 from ringcompile.passes.pipeline import Rewritten, run_passes
 from ringcompile.plan.check import check_schedule
-from ringcompile.passes.artifacts import emit_artifacts
 from ringcompile.torch_private import compile_with_inductor, mode_patches
 from ringcompile.verify import agree_at_first_call
 

@@ -31,7 +31,7 @@ _CHOICES: Mapping[str, _Choice] = MappingProxyType(
         "grads": _Choice(("summed", "local")),
         "local_scale": _Choice(("mean", "sum")),
         "unsupported": _Choice(("gather", "error")),
-        "kernel": _Choice(("auto", "math"), ("cudnn", "flash", "flex")),
+        "kernel": _Choice(("auto",), ("cudnn", "flash", "flex", "math")),
         "transport": _Choice(("auto", "p2p"), ("copy_engine",)),
         "block_order": _Choice(("natural",), ("hilbert",)),
         "verify": _Choice(("off", "plan"), ("numeric",)),

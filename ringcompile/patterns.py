@@ -6,7 +6,7 @@ mask is a conjunct of every part.
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import sympy
 
@@ -27,6 +27,7 @@ from ringcompile.ir.schedule import Selection
 Parts = tuple[tuple[Mask, Selection | None], ...]
 
 
+@runtime_checkable
 class Pattern(Protocol):
     """What ``attention=`` takes: comparable, hashable, and able to make parts."""
 

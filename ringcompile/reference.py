@@ -38,12 +38,16 @@ def attention(
     """
     empty_row = mask.empty_row if isinstance(mask, Mask) else EmptyRow.ZERO
     kept = kept_pairs(mask, q, captures)
-    out = _mix(_scores(q, k, scale), kept.double(), _per_query_head(v, q))
+    scores = _scores(q, k, scale)
+    out = _mix(scores, kept.double(), _per_query_head(v, q))
     some = kept.any(-1, keepdim=True)
     if empty_row is EmptyRow.NAN:
         return torch.where(some, out, torch.nan)
-    if empty_row is EmptyRow.MEAN_ALL:
+    if empty_row is EmptyRow.MEAN_FILLED:
         return torch.where(some, out, _per_query_head(v, q).mean(2, keepdim=True))
+    if empty_row is EmptyRow.MEAN_ALL:  # all weights equal, whatever the scores
+        uniform = (scores - scores.detach()).softmax(-1)
+        return torch.where(some, out, uniform @ _per_query_head(v, q))
     return out
 
 

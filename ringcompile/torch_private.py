@@ -10,7 +10,7 @@ import torch
 from torch import SymInt, Tensor
 from torch._C._distributed_c10d import AllgatherOptions, Work, _register_work
 from torch._guards import TracingContext
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed import ProcessGroup, distributed_c10d
@@ -23,13 +23,19 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = ["Work"]  # the rest is defined here
 
-SET_GRAD_ENABLED = torch._C._set_grad_enabled
+SET_GRAD_ENABLED = torch._C._set_grad_enabled  # noqa: SLF001
 """The call by which a graph turns gradients on and off."""
 
 AUTOCAST_CALLS = frozenset(
-    {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
+    {
+        torch.amp.autocast_mode._enter_autocast,  # noqa: SLF001
+        torch.amp.autocast_mode._exit_autocast,  # noqa: SLF001
+    }
 )
 """The calls by which a graph enters and leaves autocast."""
+
+WAIT_TENSOR = torch.ops._c10d_functional.wait_tensor.default  # noqa: SLF001
+"""The op that ends communication."""
 
 # ---- tracing -------------------------------------------------------------------------
 
@@ -212,13 +218,24 @@ def mark_saved(graph: Graph, op: OpOverload) -> None:
 
 
 def compile_with_inductor(
-    gm: GraphModule, example_inputs: Sequence[object], patches: dict[str, object]
+    gm: GraphModule,
+    example_inputs: Sequence[object],
+    patches: dict[str, object],
+    **options: object,
 ) -> Callable[..., object]:
-    """Compile a graph with Inductor, which takes ``gm`` over."""
+    """Compile a graph with Inductor, which takes ``gm`` over.
+
+    Args:
+        gm: the graph.
+        example_inputs: its inputs.
+        patches: Inductor's config patches.
+        options: further arguments of ``compile_fx``.
+    """
     from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415
 
-    compiled: Callable[..., object] = compile_fx(
-        gm, example_inputs, config_patches=patches or None
+    compile_graph: Any = compile_fx  # takes more than its types say
+    compiled: Callable[..., object] = compile_graph(
+        gm, example_inputs, config_patches=patches or None, **options
     )
     return compiled
 

@@ -1,19 +1,23 @@
-"""What ranks must agree on before they run: the same plans, the same inputs.
+"""What ranks must agree on before they run: the same plans, inputs and random state.
 
-Invariant: the check is one collective at the first call of a graph, and nothing after.
+Invariant: the check is two gathers of a few integers at the first call of a graph, and
+nothing after.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from ringcompile.errors import RankMismatchError
 from ringcompile.mesh import Ranks
+from ringcompile.ops import ALL_GATHER
 from ringcompile.passes.pipeline import Rewritten
-from ringcompile.torch_private import find_group
+from ringcompile.torch_private import WAIT_TENSOR
+
+_RANDOM_STATE = "the random state"
 
 
 def agree_at_first_call(
@@ -39,13 +43,14 @@ def agree_at_first_call(
     if ranks.is_alone:
         return compiled
     names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
-    checked = False
+    draws = any(_draws_random_numbers(node) for node in gm.graph.nodes)
+    pending = True
 
     def run(*args: object) -> object:
-        nonlocal checked
-        if not checked:
-            _compare(ranks, made.plan_hash, names, args, timeout_s=timeout_s)
-            checked = True
+        nonlocal pending
+        if pending:
+            _compare(ranks, made.plan_hash, (names, args), draws, timeout_s)
+            pending = False
         return compiled(*args)
 
     return run
@@ -54,49 +59,81 @@ def agree_at_first_call(
 def _compare(
     ranks: Ranks,
     plan_hash: str,
-    names: Sequence[str],
-    args: Sequence[object],
-    *,
+    inputs: tuple[Sequence[str], Sequence[object]],
+    draws: bool,
     timeout_s: float,
 ) -> None:
-    mine = (plan_hash, tuple(_fingerprint(a) for a in args))
-    everyone = _exchange(ranks, mine, timeout_s)
-    for rank, (other_hash, other_inputs) in enumerate(everyone):
-        if other_hash != plan_hash:
+    names, args = inputs
+    mine = [_number(plan_hash), _number(repr(names))]
+    for rank, theirs in enumerate(_exchange(ranks, mine, timeout_s)):
+        if theirs != mine:
             raise RankMismatchError(
                 f"rank {rank} planned other schedules than rank {ranks.rank}",
                 at="the first call",
                 because="options, shapes or package versions differ between ranks",
                 instead="give every rank the same model, options and input shapes",
             )
-        for name, here, there in zip(names, mine[1], other_inputs, strict=False):
+    marks = {name: _fingerprint(a) for name, a in zip(names, args, strict=True)}
+    if draws:
+        marks[_RANDOM_STATE] = _fingerprint(_random_state(ranks))
+    mine = list(marks.values())
+    for rank, theirs in enumerate(_exchange(ranks, mine, timeout_s)):
+        for name, here, there in zip(marks, mine, theirs, strict=True):
             if here != there:
-                raise RankMismatchError(
-                    f"input {name} differs between rank {ranks.rank} and rank {rank}",
-                    at="the first call",
-                    because='inputs="replicated" needs the same tensors on every rank',
-                    instead="seed all ranks alike, and give each the whole batch",
-                )
+                raise _mismatch(name, ranks.rank, rank)
 
 
-def _exchange(
-    ranks: Ranks, mine: tuple[str, tuple[object, ...]], timeout_s: float
-) -> list[tuple[str, tuple[object, ...]]]:
-    group = find_group(ranks.group_name)
-    everyone: list[tuple[str, tuple[object, ...]] | None] = [None] * ranks.size
-    dist.all_gather_object(everyone, mine, group=group)
-    return [entry for entry in everyone if entry is not None]
+def _mismatch(name: str, here: int, there: int) -> RankMismatchError:
+    if name == _RANDOM_STATE:
+        return RankMismatchError(
+            f"{name} differs between rank {here} and rank {there}",
+            at="the first call",
+            because="gathered ops draw random numbers, which must agree",
+            instead="call torch.manual_seed with the same seed on every rank",
+        )
+    return RankMismatchError(
+        f"input {name} differs between rank {here} and rank {there}",
+        at="the first call",
+        because='inputs="replicated" needs the same tensors on every rank',
+        instead="seed all ranks alike, and give each the whole batch",
+    )
 
 
-def _fingerprint(value: object) -> object:
+def _exchange(ranks: Ranks, mine: list[int], timeout_s: float) -> list[list[int]]:
+    """Every rank's numbers; as many on each."""
+    numbers = torch.tensor(mine, dtype=torch.int64, device=ranks.device_type)
+    started = ALL_GATHER(numbers, ranks.size, 0, ranks.group_name, timeout_s)
+    gathered: Tensor = WAIT_TENSOR(started)
+    return [[int(n) for n in row] for row in gathered.tolist()]
+
+
+def _draws_random_numbers(node: Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    named = str(node.target)
+    return torch.Tag.nondeterministic_seeded in tags or "dropout" in named
+
+
+def _random_state(ranks: Ranks) -> Tensor:
+    on_gpu = ranks.device_type == "cuda"
+    return torch.cuda.get_rng_state() if on_gpu else torch.get_rng_state()
+
+
+def _fingerprint(value: object) -> int:
     """Equal for equal values; cheap, and not meant to withstand an adversary."""
     if not isinstance(value, Tensor):
-        return repr(value)
-    with torch.no_grad():
-        flat = value.detach().contiguous().view(-1)
-        bits = flat.view(torch.uint8).to(torch.int64)
-        weight = torch.arange(1, bits.numel() + 1, device=bits.device) % _PRIME
-        return (tuple(value.shape), str(value.dtype), int((bits * weight).sum()))
+        return _number(repr(value))
+    flat = value.detach().contiguous().view(-1)
+    total = 0
+    for part in flat.view(torch.uint8).split(_PART):  # int64 sums take 8x the bytes
+        weight = torch.arange(1, part.numel() + 1, device=part.device) % _PRIME
+        total = total * _PRIME + int((part * (weight + 1)).sum())
+    return _number(f"{tuple(value.shape)} {value.dtype} {total}")
+
+
+def _number(text: str) -> int:
+    """63 bits of a hash."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 _PRIME = 8191
+_PART = 1 << 24

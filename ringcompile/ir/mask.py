@@ -39,12 +39,15 @@ FALSE: Boolean = sympy.false
 class EmptyRow(Enum):
     """What the user's spelling gives for a query with no key.
 
-    ``ZERO``: output 0 (a bool mask of SDPA). ``MEAN_ALL``: the mean of V over all keys
-    (scores filled with ``finfo.min``). ``NAN``: NaN (scores filled with -inf).
+    ``ZERO``: output 0 (a bool mask of SDPA). ``NAN``: NaN (scores filled with -inf).
+    ``MEAN_ALL``: the mean of V over all keys, gradients passing through the scores
+    (``finfo.min`` added to them). ``MEAN_FILLED``: the same mean, the scores without a
+    gradient (``finfo.min`` put in their place).
     """
 
     ZERO = "zero"
     MEAN_ALL = "mean_all"
+    MEAN_FILLED = "mean_filled"
     NAN = "nan"
 
 

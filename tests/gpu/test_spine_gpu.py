@@ -1,6 +1,6 @@
 """The spine on GPUs over NCCL: bfloat16, as close to float64 as one rank is.
 
-    pytest -q -m gpu tests/gpu
+pytest -q -m gpu tests/gpu
 """
 
 import os
@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from support.compiling import compile_ring
 from support.spine_models import (
     Inputs,
     Outcome,
+    assert_step_no_worse_than_one_rank,
     build_model,
     find_model,
     run_reference,
     run_step,
 )
-from support.tolerances import assert_no_worse_than_one_rank
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,9 +42,7 @@ def _run_rank(rank: int, world_size: int, port: int, name: str, length: int) -> 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.cuda.set_device(rank)
     device = torch.device("cuda", rank)
-    dist.init_process_group(
-        "nccl", rank=rank, world_size=world_size, device_id=device
-    )
+    dist.init_process_group("nccl", rank=rank, world_size=world_size, device_id=device)
     try:
         row = find_model(name)
         inputs = row.make_inputs(length)
@@ -56,15 +54,7 @@ def _run_rank(rank: int, world_size: int, port: int, name: str, length: int) -> 
         one_rank = _cpu(run_step(model, alone, _to_gpu(inputs)))
         assert len(record.rings) == row.num_attentions
         assert record.num_graphs == 1
-        assert_no_worse_than_one_rank(got.logits, one_rank.logits, want.logits)
-        for parameter, grad in want.grads.items():
-            mine, theirs = got.grads[parameter], one_rank.grads[parameter]
-            assert grad is not None
-            assert mine is not None
-            assert theirs is not None
-            assert_no_worse_than_one_rank(mine, theirs, grad, parameter)
-        if rank == 0:
-            print(f"{name} S={length}: equal; layout {record.layouts[0]}", flush=True)
+        assert_step_no_worse_than_one_rank(got, one_rank, want)
     finally:
         dist.destroy_process_group()
 
@@ -77,4 +67,4 @@ def test_bfloat16_over_nccl_loses_no_more_than_one_rank(name: str, length: int) 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(_run_rank, (2, port, name, length), nprocs=2)
+    spawn(_run_rank, (2, port, name, length), nprocs=2)

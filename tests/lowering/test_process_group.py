@@ -18,9 +18,9 @@ from torch.distributed import ProcessGroup
 import ringcompile.lowering  # noqa: F401
 from ringcompile import ops
 from ringcompile.errors import TransportError
-from ringcompile.lowering.hops import WAIT, Phase, Tag, reshard_tag
+from ringcompile.lowering.hops import Phase, Tag, reshard_tag
 from ringcompile.lowering.transports.process_group import TimedWork, _Place, _Transfer
-from ringcompile.torch_private import Work
+from ringcompile.torch_private import WAIT_TENSOR, Work
 
 TAG = Tag(3, Phase.BACKWARD_DKV, 2)
 
@@ -37,7 +37,7 @@ def hop_around(group: ProcessGroup, rank: int, dtype: torch.dtype) -> list[Tenso
         group.group_name,
         60.0,
     )
-    return [WAIT(y) for y in ops.HOP(sent, [], *args)]
+    return [WAIT_TENSOR(y) for y in ops.HOP(sent, [], *args)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -58,7 +58,7 @@ def hop_one_way(group: ProcessGroup, rank: int) -> Tensor:
         (got,) = ops.HOP([rows[:, :, :0]], [], -1, 0, [2], *args)
     else:
         (got,) = ops.HOP([rows[:, :, :0]], [], -1, -1, [0], *args)
-    arrived: Tensor = WAIT(got)
+    arrived: Tensor = WAIT_TENSOR(got)
     return arrived
 
 
@@ -71,9 +71,9 @@ def test_a_hop_may_have_no_rows(ranks: RankPool) -> None:
 def collect(group: ProcessGroup, rank: int) -> tuple[Tensor, list[Tensor]]:
     x = torch.full((2, 3), float(rank))
     name, P = group.group_name, group.size()
-    gathered = WAIT(ops.ALL_GATHER(x.T, P, reshard_tag("gather"), name, 60.0))
+    gathered = WAIT_TENSOR(ops.ALL_GATHER(x.T, P, reshard_tag("gather"), name, 60.0))
     sums = ops.ALL_REDUCE([x, x.double(), x[0] + 1], reshard_tag("spread"), name, 60.0)
-    return gathered, [WAIT(s) for s in sums]
+    return gathered, [WAIT_TENSOR(s) for s in sums]
 
 
 def test_collectives(ranks: RankPool) -> None:
@@ -97,7 +97,7 @@ def hop_with_a_stopped_peer(group: ProcessGroup, rank: int) -> None:
     with in_time():
         tag = Tag(7, Phase.FORWARD_KV, 1).encode()
         args = (1, 1, [3], tag, group.group_name, TIMEOUT_S)
-        WAIT(ops.HOP([torch.ones(1, 1, 3, 2)], [], *args)[0])
+        WAIT_TENSOR(ops.HOP([torch.ones(1, 1, 3, 2)], [], *args)[0])
 
 
 def gather_with_a_stopped_peer(group: ProcessGroup, rank: int) -> None:
@@ -106,7 +106,7 @@ def gather_with_a_stopped_peer(group: ProcessGroup, rank: int) -> None:
         return
     with in_time():
         args = (2, reshard_tag("gather"), group.group_name, TIMEOUT_S)
-        WAIT(ops.ALL_GATHER(torch.ones(2), *args))
+        WAIT_TENSOR(ops.ALL_GATHER(torch.ones(2), *args))
 
 
 @contextmanager

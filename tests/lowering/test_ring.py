@@ -64,7 +64,8 @@ def test_rows_without_a_key_give_what_the_user_wrote(
         ranks,
         world_size,
         [
-            Case(m, layout, S, empty=EmptyRow.MEAN_ALL)
+            Case(m, layout, S, empty=empty)
+            for empty in (EmptyRow.MEAN_ALL, EmptyRow.MEAN_FILLED)
             for m in masks
             for layout in LAYOUTS
             for S in (48, 37)

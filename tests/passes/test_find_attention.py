@@ -116,8 +116,11 @@ def test_k_made_transposed_is_used_as_it_is() -> None:
 
 MASKED: dict[str, tuple[Callable[[Tensor], Tensor], EmptyRow]] = {
     "masked_fill -inf": (lambda a: a.masked_fill(ahead(), -math.inf), EmptyRow.NAN),
-    "masked_fill min": (lambda a: a.masked_fill(ahead(), LOWEST), EmptyRow.MEAN_ALL),
-    "where": (lambda a: torch.where(ahead(), LOWEST, a), EmptyRow.MEAN_ALL),
+    "masked_fill min": (
+        lambda a: a.masked_fill(ahead(), LOWEST),
+        EmptyRow.MEAN_FILLED,
+    ),
+    "where": (lambda a: torch.where(ahead(), LOWEST, a), EmptyRow.MEAN_FILLED),
     "where kept": (lambda a: torch.where(~ahead(), a, -math.inf), EmptyRow.NAN),
     "scaled over the edge": (
         lambda a: a.masked_fill(ahead(), LOWEST) * 4,
@@ -174,7 +177,7 @@ def test_a_repeated_q_keeps_its_heads() -> None:
 
 def test_a_low_number_that_a_cast_rounds_to_infinity_is_infinite() -> None:
     score = Score(1.0).fill(TRUE, LOWEST, torch.float32)
-    assert score.empty_row(EmptyRow.NAN) is EmptyRow.MEAN_ALL
+    assert score.empty_row(EmptyRow.NAN) is EmptyRow.MEAN_FILLED
     assert score.cast(torch.bfloat16).empty_row(EmptyRow.NAN) is EmptyRow.NAN
 
 
@@ -186,7 +189,7 @@ def test_masks_in_several_steps_are_joined() -> None:
     kept = (torch.arange(S).expand(B, -1) < 7).long()
     region = trace(attend, *make_qkv(), kept).region()
     want = conjunction(causal(), key_padding(0))
-    assert region.mask == Mask(want, 1, EmptyRow.MEAN_ALL)
+    assert region.mask == Mask(want, 1, EmptyRow.MEAN_FILLED)
 
 
 # ---- heads ---------------------------------------------------------------------------

@@ -104,6 +104,7 @@ def assert_region_is_true(region: Region, values: dict[Node, Any]) -> None:
     empty = {
         EmptyRow.ZERO: 0.0,
         EmptyRow.MEAN_ALL: 1 / length,
+        EmptyRow.MEAN_FILLED: 1 / length,
         EmptyRow.NAN: torch.nan,
     }[region.mask.empty_row]
     weights = weights.masked_fill(~kept.any(-1, keepdim=True), empty)

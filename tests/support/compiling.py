@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._inductor.compile_fx import compile_fx
 from torch.distributed import ProcessGroup
 from torch.fx import GraphModule, Node
 
@@ -17,6 +16,7 @@ from ringcompile.lowering.inductor import inductor_patches
 from ringcompile.mesh import find_ranks
 from ringcompile.ops import HOP
 from ringcompile.passes.pipeline import Rewritten
+from ringcompile.torch_private import compile_with_inductor
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +128,8 @@ def compile_ring(
             return made.gm.forward
         if compiler == "capture":
             return _capture(made.gm, inputs, record)
-        aot_eager = torch._dynamo.lookup_backend("aot_eager")
-        result: Callable[..., Any] = aot_eager(made.gm, inputs)
-        return result
+        aot_eager: Any = torch._dynamo.lookup_backend("aot_eager")
+        return aot_eager(made.gm, inputs)  # type: ignore[no-any-return]
 
     return torch.compile(model, backend=compile_graph, dynamic=dynamic), record
 
@@ -139,7 +138,7 @@ def _capture(
     gm: GraphModule, inputs: Sequence[object], record: Record
 ) -> Callable[..., Any]:
     def keep_graph(
-        graph: GraphModule, _inputs: Sequence[object], **options: Any
+        graph: GraphModule, _inputs: Sequence[object], **options: object
     ) -> Callable[..., Any]:
         is_backward = bool(options.get("is_backward"))
         record.graphs.append(_read_graph(graph, is_backward=is_backward))
@@ -150,20 +149,21 @@ def _capture(
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
 
-    compiled: Callable[..., Any] = compile_fx(
-        gm, inputs, inner_compile=keep_graph, config_patches=inductor_patches({})
-    )
-    return compiled
+    patches = inductor_patches({})
+    return compile_with_inductor(gm, inputs, patches, inner_compile=keep_graph)
 
 
 def _read_graph(graph: GraphModule, *, is_backward: bool) -> Graph:
-    values = [_read_value(n) for n in graph.graph.nodes if isinstance(n.meta.get("val"), Tensor)]
-    outputs = graph.graph.output_node().args[0]
+    values = [
+        _read_value(n)
+        for n in graph.graph.nodes
+        if isinstance(n.meta.get("val"), Tensor)
+    ]
     hops = graph.graph.find_nodes(op="call_function", target=HOP)
     return Graph(
         is_backward,
         tuple(values),
-        tuple(n.name for n in outputs if isinstance(n, Node)),
+        _names_of_outputs(graph),
         tuple(node.args[5] for node in hops),
     )
 
@@ -172,3 +172,8 @@ def _read_value(node: Node) -> Value:
     value = node.meta["val"]
     shape = tuple(int(n) for n in value.shape)
     return Value(node.name, str(node.target), shape, value.dtype.is_floating_point)
+
+
+def _names_of_outputs(graph: GraphModule) -> tuple[str, ...]:
+    outputs: Any = graph.graph.output_node().args[0]
+    return tuple(n.name for n in outputs if isinstance(n, Node))

@@ -29,6 +29,9 @@ def attend(
     shared = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
     scores = scale * (q @ k.mT)
+    if empty is EmptyRow.MEAN_FILLED:
+        lowest = torch.finfo(torch.float32).min
+        return scores.masked_fill(kept == 0, lowest).softmax(-1) @ v
     if empty is EmptyRow.MEAN_ALL:
         lowest = torch.finfo(torch.float32).min
         return (scores + torch.where(kept > 0, 0.0, lowest)).softmax(-1) @ v

@@ -7,13 +7,12 @@ import torch
 from support.compiling import compile_ring
 from support.ranks import RankPool
 from support.spine_models import (
-    Outcome,
+    assert_step_no_worse_than_one_rank,
     build_model,
     find_model,
     run_reference,
     run_step,
 )
-from support.tolerances import assert_no_worse_than_one_rank
 from torch.distributed import ProcessGroup
 
 
@@ -26,17 +25,7 @@ def run_bfloat16(group: ProcessGroup, rank: int, name: str, compiler: str) -> No
     got = run_step(model, ring, inputs)
     alone: Any = torch.compile(model, backend=compiler)
     one_rank = run_step(model, alone, inputs)
-    _compare(got, one_rank, want)
-
-
-def _compare(got: Outcome, one_rank: Outcome, want: Outcome) -> None:
-    assert_no_worse_than_one_rank(got.logits, one_rank.logits, want.logits, "logits")
-    for name, grad in want.grads.items():
-        mine, theirs = got.grads[name], one_rank.grads[name]
-        assert grad is not None
-        assert mine is not None
-        assert theirs is not None
-        assert_no_worse_than_one_rank(mine, theirs, grad, name)
+    assert_step_no_worse_than_one_rank(got, one_rank, want)
 
 
 @pytest.mark.parametrize("cp_size", [2, 4])

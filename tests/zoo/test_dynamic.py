@@ -1,6 +1,7 @@
 """One graph for many lengths; a warm second process compiles nothing."""
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ LENGTHS = (256, 384, 512, 1024)
 def run_lengths(
     group: ProcessGroup, rank: int, lengths: tuple[int, ...], compiler: str
 ) -> int:
+    """How many graphs were compiled after the first length; each length is right."""
     row = find_model("llama")
     model = build_model(row, "sdpa", torch.float32)
     call, record = compile_ring(model, group, compiler=compiler, dynamic=True)
+    num_graphs = []
     for length in lengths:
         inputs = row.make_inputs(length)
         want = run_reference(row, "sdpa", inputs)
@@ -30,20 +33,22 @@ def run_lengths(
         assert_output_equal(got.loss, want.loss, "loss")
         assert_output_equal(got.logits, want.logits, "logits")
         assert_gradients_equal(got.grads, want.grads)
-    return record.num_graphs
+        num_graphs.append(record.num_graphs)
+    # Dynamo may call the backend twice for the first length, to fix a float.
+    return num_graphs[-1] - num_graphs[0]
 
 
 def test_one_graph_serves_many_lengths(ranks: RankPool) -> None:
-    assert ranks.run(run_lengths, LENGTHS, "aot_eager", world_size=2) == [1, 1]
+    assert ranks.run(run_lengths, LENGTHS, "aot_eager", world_size=2) == [0, 0]
 
 
 @pytest.mark.slow
 def test_one_inductor_graph_serves_many_lengths(ranks: RankPool) -> None:
-    assert ranks.run(run_lengths, LENGTHS, "inductor", world_size=2) == [1, 1]
+    assert ranks.run(run_lengths, LENGTHS, "inductor", world_size=2) == [0, 0]
 
 
 def test_a_length_that_needs_pads_compiles_anew(ranks: RankPool) -> None:
-    assert ranks.run(run_lengths, (64, 61), "aot_eager", world_size=2) == [2, 2]
+    assert ranks.run(run_lengths, (64, 61), "aot_eager", world_size=2) == [1, 1]
 
 
 def run_cached(group: ProcessGroup, rank: int, folder: str) -> dict[str, Any]:
@@ -69,7 +74,7 @@ def test_a_warm_second_process_compiles_nothing(tmp_path: Path) -> None:
         finally:
             pool.close()
     cold, warm = runs
-    print("cold", cold, "warm", warm)
+    sys.stderr.write(f"cold {cold}\nwarm {warm}\n")
     for rank in range(2):
         assert cold[rank].get("fxgraph_cache_miss", 0) >= 2  # forward and backward
         assert warm[rank].get("fxgraph_cache_miss", 0) == 0

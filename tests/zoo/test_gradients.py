@@ -30,8 +30,8 @@ class Tangled(nn.Module):
         self.place = nn.Parameter(torch.randn(1, 64, WIDTH))
         self.checkpointed = checkpointed
         if frozen:
-            self.table.weight.requires_grad_(requires_grad=False)
-            self.norm.weight.requires_grad_(requires_grad=False)
+            self.table.weight.requires_grad_(False)
+            self.norm.weight.requires_grad_(False)
 
     def attend(self, x: Tensor) -> Tensor:
         q, k, v = (

@@ -28,7 +28,9 @@ def test_one_rank_gives_the_bits_of_inductor() -> None:
         assert torch.equal(got, grad), name
 
 
-def run_without_attention(group: ProcessGroup, rank: int) -> tuple[bool, int, list[str]]:
+def run_without_attention(
+    group: ProcessGroup, rank: int
+) -> tuple[bool, int, list[str]]:
     notes: list[str] = []
 
     class Keep(logging.Handler):
@@ -50,4 +52,3 @@ def test_a_model_without_attention_is_inductors_with_one_note(ranks: RankPool) -
         assert same
         assert num_rings == 0
         assert len([n for n in notes if "no attention" in n]) == 1
-

@@ -25,7 +25,8 @@ def _inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _heads(x: Tensor) -> Tensor:
-    return x.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2)
+    heads: Tensor = x.unflatten(-1, (HEADS, WIDTH))
+    return heads.transpose(1, 2)
 
 
 def _attend(x: Tensor) -> Tensor:
@@ -50,8 +51,9 @@ def dropout_of_tokens(x: Tensor, bias: Tensor) -> Tensor:
 
 def weights_returned(x: Tensor, bias: Tensor) -> Tensor:
     q = _heads(_attend(x))
-    weights = (q @ q.transpose(2, 3)).softmax(-1)  # refused
-    return weights @ q + weights.amax(-1, keepdim=True)
+    weights = (q @ q.transpose(2, 3)).softmax(-1)
+    out = weights @ q  # refused
+    return out + weights.amax(-1, keepdim=True)
 
 
 def softcap(x: Tensor, bias: Tensor) -> Tensor:
@@ -85,7 +87,8 @@ def shift(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def fourier(x: Tensor, bias: Tensor) -> Tensor:
-    return torch.fft.fft(_attend(x), dim=1).real  # refused
+    spectrum: Tensor = torch.fft.fft(_attend(x), dim=1)  # refused
+    return spectrum.real
 
 
 def other_length(x: Tensor, bias: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from support.ranks import RankPool
 from support.spine_models import (
     SPINE,
     Outcome,
+    SpineModel,
     build_model,
     find_model,
     run_reference,
@@ -101,7 +102,7 @@ def test_a_cell_equals_eager_under_inductor(
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("row", SPINE, ids=lambda row: row.name)
 def test_the_matrix_without_inductor(
-    ranks: RankPool, row: Any, attention: str, cp_size: int
+    ranks: RankPool, row: SpineModel, attention: str, cp_size: int
 ) -> None:
     check_cell(ranks, row.name, attention, cp_size=cp_size, compiler="aot_eager")
 
@@ -109,7 +110,9 @@ def test_the_matrix_without_inductor(
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("row", SPINE, ids=lambda row: row.name)
-def test_the_matrix_with_inductor(ranks: RankPool, row: Any, attention: str) -> None:
+def test_the_matrix_with_inductor(
+    ranks: RankPool, row: SpineModel, attention: str
+) -> None:
     check_cell(ranks, row.name, attention, cp_size=2, compiler="inductor")
 
 
