@@ -65,10 +65,13 @@ def _slice_own(
     """This rank's rows of a full tensor; padding copies the last row or is ``fill``."""
     x, dim = cut.unflatten(x), cut.rows_dim
     layout, length = spec.layout, x.shape[dim]
-    if length % layout.num_chunks == 0:
+    runs = layout.runs(spec.rank)
+    # Integers are not concatenated: Inductor 2.11 fuses that with a loss over two loops
+    # of one GPU kernel, where the second reads what the first has not yet written.
+    if length % layout.num_chunks == 0 and (len(runs) == 1 or x.is_floating_point()):
         chunk = length // layout.num_chunks
-        runs = [_slice_run(x, dim, run, chunk) for run in layout.runs(spec.rank)]
-        return cut.flatten(runs[0] if len(runs) == 1 else torch.cat(runs, dim))
+        pieces = [_slice_run(x, dim, run, chunk) for run in runs]
+        return cut.flatten(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim))
     positions = layout.position_tensor(spec.rank, layout.chunk_size(length), x.device)
     rows = x.index_select(dim, positions.clamp(max=length - 1))
     if fill is not None:

@@ -88,12 +88,14 @@ class Layout:
         self, rank: int, chunk: int, device: torch.device | str = "cpu"
     ) -> Tensor:
         """The same as an int64 tensor ``(T,)``; ``chunk`` may be symbolic."""
-        runs = [
-            torch.arange(chunk, device=device) * run.stride
-            + (run.start[0] * chunk + run.start[1])
-            for run in self.runs(rank)
-        ]
-        return runs[0] if len(runs) == 1 else torch.cat(runs)
+        rows = torch.arange(chunk * self.chunks_per_rank, device=device)
+        first, *others = self.runs(rank)
+        at = rows * first.stride + (first.start[0] * chunk + first.start[1])
+        for number, run in enumerate(others, 1):
+            later = (rows - number * chunk) * run.stride
+            start = run.start[0] * chunk + run.start[1]
+            at = torch.where(rows < number * chunk, at, later + start)
+        return at
 
     def permutation(self, length: int) -> tuple[int, ...]:
         """``pi``: the global position of each row of all shards laid end to end."""

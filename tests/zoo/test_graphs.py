@@ -49,18 +49,19 @@ def check_graphs(
     ranks: RankPool, row: SpineModel, attention: str, cp_size: int
 ) -> None:
     length = _length_of(row)
-    short, long = (
-        ranks.run(capture, row.name, attention, n, world_size=cp_size)
-        for n in (length, 2 * length)
-    )
-    for record in short:
+    runs = [
+        ranks.run(capture, row.name, attention, n * length, world_size=cp_size)
+        for n in (1, 2, 3)
+    ]
+    for record in runs[0]:
         assert [g.is_backward for g in record.graphs] == [False, True]
         forward, backward = record.graphs
         _check_gathers(row, forward, backward)
         _check_full_length(record.graphs, length)
-    for one, two in zip(short, long, strict=True):
-        _check_growth(one.graphs, two.graphs)
-    tags = {tuple(g.tags for g in record.graphs) for record in short}
+    for records in zip(*runs, strict=True):
+        for graphs in zip(*(record.graphs for record in records), strict=True):
+            _check_growth(*graphs)
+    tags = {tuple(g.tags for g in record.graphs) for record in runs[0]}
     assert len(tags) == 1, "all ranks start the same hops in the same order"
 
 
@@ -84,13 +85,12 @@ def _check_full_length(graphs: Sequence[Graph], length: int) -> None:
                 assert value.size in declared, value
 
 
-def _check_growth(short: Sequence[Graph], long: Sequence[Graph]) -> None:
-    """Twice the tokens: no op makes a tensor more than twice as large."""
-    for one, two in zip(short, long, strict=True):
-        before, after = _largest(one), _largest(two)
-        grown = {op: n for op, n in after.items() if n > 2 * before.get(op, n)}
-        assert grown == {}
-        assert max(after.values()) <= 2 * max(before.values())
+def _check_growth(one: Graph, two: Graph, three: Graph) -> None:
+    """At S, 2S and 3S: what any op makes grows by the same amount, or by less."""
+    sizes = [_largest(graph) for graph in (one, two, three)]
+    for op in sizes[2]:
+        a, b, c = (size.get(op, 0) for size in sizes)
+        assert c - b <= b - a, (op, a, b, c)
 
 
 def _largest(graph: Graph) -> dict[str, int]:
@@ -105,7 +105,8 @@ def _largest(graph: Graph) -> dict[str, int]:
 def test_saved_activations_shrink_with_ranks(ranks: RankPool, name: str) -> None:
     saved = {}
     for cp_size in (2, 4):
-        record = ranks.run(capture, name, "sdpa", LENGTH, world_size=cp_size)[0]
+        # Long enough that views of the weights, which are saved too, don't count.
+        record = ranks.run(capture, name, "sdpa", 8 * LENGTH, world_size=cp_size)[0]
         saved[cp_size] = _saved_size(record.graphs[0])
     assert saved[4] <= 0.55 * saved[2]
 
