@@ -97,6 +97,7 @@ class _CrossEntropy(Collector):
             shard is not None
             and shard.dim == 0
             and len(shape_of(logits)) == _MATRIX
+            and current[1] is None
             and not is_float(target)
             and op.args["reduction"] in (_MEAN, _SUM)
         )

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sympy
+import torch
 from torch.fx import Graph, Node
 
 from ringcompile.errors import ShardingError
@@ -178,6 +179,10 @@ def _find_axes(
     return tuple(axes), attention_axis
 
 
+SIZE_READERS = (torch.ops.aten.sym_size, torch.ops.aten.sym_numel)
+"""Ops that read a size: always the global one, wherever the value lies."""
+
+
 class _Decider:
     """Walks the graph once, in order."""
 
@@ -214,11 +219,15 @@ class _Decider:
     def _decide(self, op: Op) -> Decision:
         current = [self._placement(node) for node in op.slots]
         flow = self._flows.get(op.node)
+        if flow is not None and flow.is_constant:  # operands only lend their dtype
+            places = self._places(flow.dims) if is_float(op.node) else []
+            placement = places[0] if len(places) == 1 else None
+            return Decision(placement, tuple(current), flow)
         if any(current) or is_float(op.node):
             local = None if flow is None else self._find_local(op, flow)
             if local is not None:
                 return local
-        if not any(current):
+        if not any(current) or op.packet in SIZE_READERS:
             return Decision(None, tuple(current))
         collector = find_collector(op, current)
         if collector is not None:
@@ -247,7 +256,7 @@ class _Decider:
                 operands.append(at[0])
                 continue
             operands.append(self._align(node, linked, op.node, result))
-        if not any(operands) and not flow.is_constant:
+        if not any(operands):
             return None
         return Decision(result, tuple(operands), flow)
 

@@ -14,7 +14,12 @@ from torch.fx.node import Argument, map_arg
 from ringcompile.ops import RING_ATTENTION
 from ringcompile.passes.emitter import AxisLayout, Emitter
 from ringcompile.passes.op import Op, read_op, shape_of
-from ringcompile.passes.propagate_layout import Decision, Placements, Shard
+from ringcompile.passes.propagate_layout import (
+    SIZE_READERS,
+    Decision,
+    Placements,
+    Shard,
+)
 from ringcompile.passes.shadow import where
 from ringcompile.torch_private import (
     AUTOCAST_CALLS,
@@ -151,6 +156,9 @@ class _Writer:
         op = read_op(node)
         if op is None:
             return emit.copy(node, lambda n: self._whole(n, node))
+        if op.packet in SIZE_READERS:
+            size = emit.size(node.meta["val"])
+            return size if isinstance(size, Node) else emit.call(operator.index, size)
         if decision.gathered:
             self._note_gathers(op, decision)
         operands = [
