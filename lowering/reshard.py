@@ -73,11 +73,16 @@ def _slice_own(
         pieces = [_slice_run(x, dim, run, chunk) for run in runs]
         return cut.flatten(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim))
     positions = layout.position_tensor(spec.rank, layout.chunk_size(length), x.device)
-    rows = x.index_select(dim, positions.clamp(max=length - 1))
+    rows = x.index_select(dim, fill_pads(positions, length))
     if fill is not None:
         is_real = (positions < length).view(-1, *(1 for _ in rows.shape[dim + 1 :]))
         rows = torch.where(is_real, rows, fill)
     return cut.flatten(rows)
+
+
+def fill_pads(positions: Tensor, length: Size) -> Tensor:
+    """Which row stands in each place: pads hold the last row, so they hold no NaN."""
+    return positions.clamp(max=length - 1)
 
 
 def _slice_run(x: Tensor, dim: int, run: Run, chunk: Size) -> Tensor:
