@@ -73,14 +73,14 @@ def _slice_own(
         pieces = [_slice_run(x, dim, run, chunk) for run in runs]
         return cut.flatten(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim))
     positions = layout.position_tensor(spec.rank, layout.chunk_size(length), x.device)
-    rows = x.index_select(dim, fill_pads(positions, length))
+    rows = x.index_select(dim, fill_pads(positions, int(length)))
     if fill is not None:
         is_real = (positions < length).view(-1, *(1 for _ in rows.shape[dim + 1 :]))
         rows = torch.where(is_real, rows, fill)
     return cut.flatten(rows)
 
 
-def fill_pads(positions: Tensor, length: Size) -> Tensor:
+def fill_pads(positions: Tensor, length: int) -> Tensor:
     """Which row stands in each place: pads hold the last row, so they hold no NaN."""
     return positions.clamp(max=length - 1)
 
@@ -125,10 +125,16 @@ def _sum_ranks(xs: Sequence[Tensor], spec: ReshardSpec, kind: str) -> list[Tenso
     """Sums over the ranks; what is narrower than float32 travels as float32."""
     if spec.layout.cp_size == 1:
         return list(xs)
-    wide = [x.to(ops.accumulation_dtype(x.dtype)) for x in xs]
+    wide = [x.to(_sum_dtype(x)) for x in xs]
     tag = reshard_tag(kind)
     sums = ops.ALL_REDUCE(wide, tag, spec.group_name, spec.timeout_s)
     return [WAIT_TENSOR(s).to(x.dtype) for s, x in zip(sums, xs, strict=True)]
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    """Integers and bools are summed as integers, exactly."""
+    is_number = x.is_floating_point() or x.is_complex()
+    return ops.accumulation_dtype(x.dtype) if is_number else torch.int64
 
 
 # ---- ops -----------------------------------------------------------------------------

@@ -17,7 +17,14 @@ from torch.fx import Graph, Node
 from ringcompile.ir.layout import Layout
 from ringcompile.ops import GATHER, REDUCE, SCALE_GRAD, SHARD, SPREAD
 from ringcompile.passes.dims import Size
-from ringcompile.passes.op import Op, call_arguments, is_float, is_tensor
+from ringcompile.passes.op import (
+    Op,
+    call_arguments,
+    is_complex,
+    is_float,
+    is_tensor,
+    read_op,
+)
 from ringcompile.passes.propagate_layout import Placement, Placements, Shard
 from ringcompile.torch_private import SET_GRAD_ENABLED, size_expression
 
@@ -240,6 +247,10 @@ class Emitter:
             self._memo[key] = x
         return self._memo[key]
 
+    def forget_reshards(self) -> None:
+        """After a write in place, values must be cut and joined anew."""
+        self._memo = {k: v for k, v in self._memo.items() if k[0] == "size"}
+
     def needs_grad(self, node: Node) -> bool:
         """Whether an old node's value may need a gradient."""
         return self._needs_grad[node]
@@ -262,13 +273,16 @@ def _find_grads(graph: Graph) -> dict[Node, bool]:
     """Whether a value may need a gradient: from the inputs that do, forward."""
     needs: dict[Node, bool] = {}
     enabled = True
+    # A write in place may carry a gradient through memory: then all is spread.
+    ops = [op for node in graph.nodes if (op := read_op(node)) is not None]
+    writes = any(op.is_mutable for op in ops)
     for node in graph.nodes:
         if node.op == "placeholder":
             needs[node] = bool(node.meta.get("requires_grad"))
             continue
         if node.target is SET_GRAD_ENABLED:
             enabled = bool(node.args[0])
-        needs[node] = (
-            enabled and is_float(node) and any(needs[n] for n in node.all_input_nodes)
-        )
+        is_number = is_float(node) or is_complex(node)
+        reads = enabled and any(needs[n] for n in node.all_input_nodes)
+        needs[node] = is_number and (writes or reads)
     return needs

@@ -35,6 +35,11 @@ class Op:
         packet: OpOverloadPacket = self.overload.overloadpacket
         return packet
 
+    @property
+    def is_mutable(self) -> bool:
+        """Whether it writes an operand in place."""
+        return schema_of(self.overload).is_mutable
+
     def slot(self, name: str) -> int | None:
         """The slot of a single-tensor argument; None when it isn't given."""
         return self.slot_names.index(name) if name in self.slot_names else None
@@ -112,6 +117,12 @@ def shape_of(node: Node) -> torch.Size:
     """Global shape of the node's value (of its first tensor, if it has several)."""
     value = node.meta["val"]
     return value.shape if isinstance(value, Tensor) else value[0].shape
+
+
+def is_complex(node: Node) -> bool:
+    """Whether the node's value is a complex tensor."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_complex()
 
 
 def is_float(node: Node) -> bool:

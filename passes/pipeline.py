@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import SymInt
 from torch.fx import GraphModule, Node
 
@@ -26,7 +27,7 @@ from ringcompile.passes.caches import CACHE_ADVICE, find_cache_outputs
 from ringcompile.passes.canonicalize import canonicalize
 from ringcompile.passes.emitter import AxisLayout
 from ringcompile.passes.find_attention import find_attention
-from ringcompile.passes.op import shape_of
+from ringcompile.passes.op import read_op, shape_of
 from ringcompile.passes.propagate_layout import Placements, propagate_layout
 from ringcompile.passes.raise_attention import raise_attention
 from ringcompile.passes.regions import Refusal, Region
@@ -63,6 +64,7 @@ class Rewritten:
         refusals: those that run gathered.
         gathered: every value that is made whole, outputs included.
         texts: the graph after each named pass.
+        draws: whether some op draws random numbers, so that ranks must agree on them.
     """
 
     gm: GraphModule
@@ -70,6 +72,7 @@ class Rewritten:
     refusals: tuple[Refusal, ...] = ()
     gathered: tuple[Gathered, ...] = ()
     texts: dict[str, str] = field(default_factory=dict)
+    draws: bool = False
 
     @property
     def plan_hash(self) -> str:
@@ -107,6 +110,7 @@ def run_passes(
     _note(made, "shadow")
     with observe_pass(made.gm, "canonicalize"):
         canonicalize(made.gm)
+    made.draws = any(_draws(node) for node in made.gm.graph.nodes)
     with observe_pass(made.gm, "find_attention"):
         found = find_attention(made.gm)
     made.refusals = tuple(f for f in found if isinstance(f, Refusal))
@@ -136,6 +140,14 @@ def run_passes(
     _note(made, "rewrite")
     _warn_of_gathers(made, options)
     return made
+
+
+def _draws(node: Node) -> bool:
+    """Whether a call draws random numbers; dropout of nothing does not."""
+    op = read_op(node)
+    if op is None or torch.Tag.nondeterministic_seeded not in op.overload.tags:
+        return False
+    return op.args.get("p", 1) != 0 and op.args.get("train", True) is not False
 
 
 def _note(made: Rewritten, name: str) -> None:

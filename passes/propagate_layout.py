@@ -9,7 +9,7 @@ all ranks.
 
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -21,6 +21,7 @@ from ringcompile.passes.collectors import Collector, find_collector
 from ringcompile.passes.dims import Dim, Dims, Factors, Size
 from ringcompile.passes.op import (
     Op,
+    is_complex,
     is_float,
     is_tensor,
     read_op,
@@ -122,7 +123,7 @@ def _find_dims(
     flows: dict[Node, Flow] = {}
     for node in graph.nodes:
         if node.target is operator.getitem and node.args[0] in dims:
-            dims[node] = dims[node.args[0]]
+            dims[node] = _fit_dims(dims[node.args[0]], node, factors)
             continue
         op = ops.get(node)
         flow = None if op is None else _apply_rule(op, factors, dims)
@@ -131,6 +132,16 @@ def _find_dims(
         elif is_tensor(node):
             dims[node] = factors.new_dims(shape_of(node))
     return dims, flows
+
+
+def _fit_dims(dims: Dims, node: Node, factors: Factors) -> Dims:
+    """Dims of one result of several: a split's pieces may be of different sizes."""
+    if not is_tensor(node):
+        return dims
+    return tuple(
+        dim if sizes_equal(factors.product(dim), size) else factors.new(size)
+        for dim, size in zip(dims, shape_of(node), strict=True)
+    )
 
 
 def _apply_rule(op: Op, factors: Factors, dims: dict[Node, Dims]) -> Flow | None:
@@ -179,6 +190,7 @@ def _find_axes(
     return tuple(axes), attention_axis
 
 
+_NUM_QKV = 3
 SIZE_READERS = (torch.ops.aten.sym_size, torch.ops.aten.sym_numel)
 """Ops that read a size: always the global one, wherever the value lies."""
 
@@ -224,7 +236,8 @@ class _Decider:
             placement = places[0] if len(places) == 1 else None
             return Decision(placement, tuple(current), flow)
         if any(current) or is_float(op.node):
-            local = None if flow is None else self._find_local(op, flow)
+            can_be_cut = flow is not None and not is_complex(op.node)
+            local = self._find_local(op, flow) if can_be_cut and flow else None
             if local is not None:
                 return local
         if not any(current) or op.packet in SIZE_READERS:
@@ -233,6 +246,7 @@ class _Decider:
         if collector is not None:
             operands = collector.operands(op, current)
             return Decision(None, tuple(operands), collector=collector)
+        assert op.node.target is not RING_ATTENTION, "a ring is never gathered"
         because = (
             "no rule knows how it acts on a shard"
             if flow is None
@@ -248,12 +262,16 @@ class _Decider:
         result = places[0]
         operands: list[Placement] = []
         for slot, node in enumerate(op.slots):
+            if op.node.target is RING_ATTENTION and slot >= _NUM_QKV:
+                operands.append(None)  # captures are read whole, at global positions
+                continue
             at = self._places(self._dims[node])
             linked = [x.operand_dim for x in flow.links if _leads(x, slot, result.dim)]
             if any(p.dim not in linked for p in at) or len(at) > 1:
                 return None
             if at:
-                operands.append(at[0])
+                cut = at[0] if flow.is_view else replace(result, dim=at[0].dim)
+                operands.append(cut)
                 continue
             operands.append(self._align(node, linked, op.node, result))
         if not any(operands):
@@ -296,10 +314,10 @@ def _check_mutation(op: Op, current: list[Placement], decision: Decision) -> Non
     for slot, name in enumerate(op.slot_names):
         argument = next(a for a in schema.arguments if a.name == name)
         writes = argument.alias_info is not None and argument.alias_info.is_write
-        if writes and current[slot] != decision.operands[slot]:
+        if writes and (current[slot] or decision.operands[slot]):
             raise ShardingError(
-                f"{op.packet} writes in place to a value that must be resharded first",
+                f"{op.packet} writes in place to a value that is cut over the ranks",
                 at=where(op.node),
-                because="the write would be lost on the value that others read",
+                because="the write could be lost on the value that others read",
                 instead="write it out of place (x = x + y)",
             )

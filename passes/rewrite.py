@@ -171,7 +171,10 @@ class _Writer:
         if node.target is RING_ATTENTION:
             args = op.with_slots(operands) | {"plan": self._plans[node]}
             return emit.call_op(op, self._map_sizes(args))
-        return self._write_local(op, decision, operands)
+        written = self._write_local(op, decision, operands)
+        if op.is_mutable:
+            emit.forget_reshards()
+        return written
 
     def _write_local(self, op: Op, decision: Decision, operands: list[Node]) -> Node:
         emit, flow, shard = self._emit, decision.flow, decision.placement

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from ringcompile.errors import RankMismatchError
 from ringcompile.mesh import Ranks
@@ -43,13 +43,12 @@ def agree_at_first_call(
     if ranks.is_alone:
         return compiled
     names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
-    draws = any(_draws_random_numbers(node) for node in gm.graph.nodes)
     pending = True
 
     def run(*args: object) -> object:
         nonlocal pending
         if pending:
-            _compare(ranks, made.plan_hash, (names, args), draws, timeout_s)
+            _compare(ranks, made.plan_hash, (names, args), made.draws, timeout_s)
             pending = False
         return compiled(*args)
 
@@ -105,12 +104,6 @@ def _exchange(ranks: Ranks, mine: list[int], timeout_s: float) -> list[list[int]
     started = ALL_GATHER(numbers, ranks.size, 0, ranks.group_name, timeout_s)
     gathered: Tensor = WAIT_TENSOR(started)
     return [[int(n) for n in row] for row in gathered.tolist()]
-
-
-def _draws_random_numbers(node: Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    named = str(node.target)
-    return torch.Tag.nondeterministic_seeded in tags or "dropout" in named
 
 
 def _random_state(ranks: Ranks) -> Tensor:

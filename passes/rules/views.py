@@ -1,5 +1,7 @@
 """Ops that only rearrange: their dims map one to one, whole factors at a time."""
 
+from dataclasses import replace
+
 import torch
 
 from ringcompile.passes.dims import Dims, Factors
@@ -12,6 +14,8 @@ aten = torch.ops.aten
 
 def view(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
     """Lay the factors end to end and cut them anew."""
+    if "dtype" in op.args:  # a bitcast
+        return None
     dims = factors.view(operands[0], shape_of(op.node))
     where = {factor: d for d, dim in enumerate(dims) for factor in dim}
     links = {
@@ -66,6 +70,11 @@ def swap_last(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
     return _moved(operands, order)
 
 
+def reverse(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
+    """``T``: all dims in reverse."""
+    return _moved(operands, list(range(op.rank(0)))[::-1])
+
+
 def unsqueeze(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
     """Insert a dim of size 1."""
     at = op.args["dim"] % (op.rank(0) + 1)
@@ -83,7 +92,9 @@ def squeeze(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
     named = [named] if isinstance(named, int) else named
     rank, sizes = op.rank(0), shape_of(op.slots[0])
     gone = {d % rank for d in named if isinstance(sizes[d], int) and sizes[d] == 1}
-    return _moved(operands, [d for d in range(rank) if d not in gone])
+    flow = _moved(operands, [d for d in range(rank) if d not in gone])
+    # Made as a view: on a shard of one row the sequence must not be squeezed too.
+    return replace(flow, is_view=True)
 
 
 RULES = {
@@ -100,7 +111,7 @@ RULES = {
     aten.swapdims: transpose,
     aten.t: swap_last,
     aten.mT: swap_last,
-    aten.numpy_T: swap_last,
+    aten.numpy_T: reverse,
     aten.unsqueeze: unsqueeze,
     aten.squeeze: squeeze,
 }
