@@ -32,7 +32,7 @@ from ringcompile.passes.propagate_layout import Placements, propagate_layout
 from ringcompile.passes.raise_attention import raise_attention
 from ringcompile.passes.regions import Refusal, Region
 from ringcompile.passes.rewrite import Gathered, Sharding, rewrite
-from ringcompile.passes.shadow import trace_shadow
+from ringcompile.passes.shadow import find_opaque, trace_shadow, where
 from ringcompile.passes.text import format_graph
 from ringcompile.patterns import Pattern
 from ringcompile.plan.choose import choose_layout
@@ -106,6 +106,9 @@ def run_passes(
         UnsupportedAttentionError: an attention can't become a ring and
             ``unsupported="error"``.
     """
+    if (opaque := find_opaque(gm)) is not None:
+        _run_whole(opaque, options)
+        return Rewritten(gm)
     made = Rewritten(trace_shadow(gm, example_inputs))
     _note(made, "shadow")
     with observe_pass(made.gm, "canonicalize"):
@@ -140,6 +143,18 @@ def run_passes(
     _note(made, "rewrite")
     _warn_of_gathers(made, options)
     return made
+
+
+def _run_whole(opaque: Node, options: RingOptions) -> None:
+    error = UnsupportedAttentionError(
+        f"a graph with {opaque.target}",
+        at=where(opaque),
+        because="its own backward or policy can't be carried through the rewrite yet",
+        instead="keep it out of what is compiled (torch.compiler.disable)",
+    )
+    if options.unsupported == "error":
+        raise error
+    warnings.warn(f"runs whole on every rank: {error}", stacklevel=2)
 
 
 def _draws(node: Node) -> bool:

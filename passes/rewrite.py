@@ -155,12 +155,14 @@ class _Writer:
         decision = self._decisions[node]
         op = read_op(node)
         if op is None:
+            if node.target is not operator.getitem:
+                self._note_gathers(node, "no rule knows how it acts on a shard")
             return emit.copy(node, lambda n: self._whole(n, node))
         if op.packet in SIZE_READERS:
             size = emit.size(node.meta["val"])
             return size if isinstance(size, Node) else emit.call(operator.index, size)
         if decision.gathered:
-            self._note_gathers(op, decision)
+            self._note_gathers(node, decision.gathered)
         operands = [
             emit.operand(n, wanted, by_shards=decision.is_sharded)
             for n, wanted in zip(op.slots, decision.operands, strict=True)
@@ -209,11 +211,12 @@ class _Writer:
             return self._emit.env[node]
         return self._emit.operand(node, None, by_shards=False)
 
-    def _note_gathers(self, op: Op, decision: Decision) -> None:
-        user, what = op.node, str(op.packet)
+    def _note_gathers(self, user: Node, because: str) -> None:
+        op = read_op(user)
+        what = str(user.target if op is None else op.packet)
         self.gathered += [
-            Gathered(where(user), user.name, what, _bytes(node), decision.gathered)
-            for node in dict.fromkeys(op.slots)
+            Gathered(where(user), user.name, what, _bytes(node), because)
+            for node in user.all_input_nodes
             if self._decisions[node].placement is not None
         ]
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch.fx.traceback as fx_traceback
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ringcompile.errors import RingCompileError
 from ringcompile.passes.places import find_place
 from ringcompile.torch_private import fake_inputs
 
@@ -45,8 +45,6 @@ def trace_shadow(gm: GraphModule, example_inputs: Sequence[object]) -> GraphModu
         A flat graph with fake values in ``node.meta["val"]``, placeholders under their
         old names, ``meta["is_parameter"]`` and ``meta["requires_grad"]`` on them.
 
-    Raises:
-        RingCompileError: for a higher-order op body that can't be inlined.
     """
     fake_mode, fakes = fake_inputs(gm, example_inputs)
     with fake_mode, fx_traceback.preserve_node_meta():
@@ -60,6 +58,27 @@ def trace_shadow(gm: GraphModule, example_inputs: Sequence[object]) -> GraphModu
     shadow.graph.eliminate_dead_code()
     shadow.recompile()
     return shadow
+
+
+def find_opaque(gm: GraphModule) -> Node | None:
+    """The first call whose meaning a flat trace would lose; None if there is none.
+
+    Tracing through a user's ``autograd.Function`` keeps its forward and drops its
+    backward; a selective checkpoint's policy would be dropped too.
+    """
+    for node in gm.graph.nodes:
+        target = node.target
+        if not isinstance(target, HigherOrderOperator):
+            continue
+        body = node.args[0] if node.args else None
+        if target.name() not in _INLINED or not isinstance(body, Node):
+            return node  # type: ignore[no-any-return]
+        inner = gm.get_submodule(str(body.target))
+        if not isinstance(inner, GraphModule) or "_checkpoint_context_fn" in inner.meta:
+            return node  # type: ignore[no-any-return]
+        if (found := find_opaque(inner)) is not None:
+            return found
+    return None
 
 
 def _carry_over_placeholders(
@@ -96,13 +115,6 @@ class _Inliner(Interpreter):
     def _inline(self, name: str, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
         body, operands, tags = args[0], args[_INLINED[name] :], self.tags
         if name == "tag_activation_checkpoint":
-            if "_checkpoint_context_fn" in body.meta:
-                raise RingCompileError(
-                    "selective activation checkpointing (context_fn=)",
-                    at="torch.utils.checkpoint.checkpoint",
-                    because="its policy is not carried through the rewrite yet",
-                    instead="call checkpoint(..., use_reentrant=False) without it",
-                )
             kwargs = {k: v for k, v in kwargs.items() if k not in _CHECKPOINT_OPTIONS}
             _Inliner._next_checkpoint += 1
             tags = tags | {

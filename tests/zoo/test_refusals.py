@@ -123,6 +123,50 @@ def _refused_line(fn: Callable[..., Tensor]) -> str:
     return f"{__file__}:{first + number}"
 
 
+class Reverse(torch.autograd.Function):
+    """Turns the gradient round: its backward is not that of its forward."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> Tensor:
+        return -3 * grads[0]
+
+
+def reverse_gradient(x: Tensor, bias: Tensor) -> Tensor:
+    y = _attend(x)
+    reverse: Callable[[Tensor], Tensor] = Reverse.apply
+    return y + reverse(y)
+
+
+def run_reversed(group: ProcessGroup, rank: int, unsupported: str) -> list[str]:
+    options = {"unsupported": unsupported}
+    call, _ = compile_ring(
+        reverse_gradient, group, compiler="aot_eager", options=options
+    )
+    x, bias = _inputs(torch.float32)
+    x64, bias64 = _inputs(torch.float64)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = call(x, bias)
+    (dx,) = torch.autograd.grad(got.sin().sum(), x)
+    want = reverse_gradient(x64, bias64)
+    (dx64,) = torch.autograd.grad(want.sin().sum(), x64)
+    assert_output_equal(got, want)
+    assert_output_equal(dx, dx64, "gradient")
+    return [str(w.message) for w in caught if "runs whole" in str(w.message)]
+
+
+def test_a_backward_of_the_users_own_is_never_lost(ranks: RankPool) -> None:
+    for texts in ranks.run(run_reversed, "gather"):
+        assert len(texts) == 1
+        assert "autograd_function_apply" in texts[0]
+    with pytest.raises(RankError, match="UnsupportedAttentionError"):
+        ranks.run(run_reversed, "error")
+
+
 def run_case(group: ProcessGroup, rank: int, name: str, unsupported: str) -> list[str]:
     """The texts of the warnings, after the result was found right."""
     fn = globals()[name]
