@@ -68,13 +68,16 @@ def _slice_own(
     runs = layout.runs(spec.rank)
     # Integers are not concatenated: Inductor 2.11 fuses that with a loss over two loops
     # of one GPU kernel, where the second reads what the first has not yet written.
-    if length % layout.num_chunks == 0 and (len(runs) == 1 or x.is_floating_point()):
+    has_pads = length % layout.num_chunks != 0
+    if not has_pads and (len(runs) == 1 or x.is_floating_point()):
         chunk = length // layout.num_chunks
         pieces = [_slice_run(x, dim, run, chunk) for run in runs]
         return cut.flatten(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim))
     positions = layout.position_tensor(spec.rank, layout.chunk_size(length), x.device)
-    rows = x.index_select(dim, fill_pads(positions, int(length)))
-    if fill is not None:
+    # Only a length with pads becomes a constant: one graph serves the others.
+    wanted = fill_pads(positions, int(length)) if has_pads else positions
+    rows = x.index_select(dim, wanted)
+    if has_pads and fill is not None:
         is_real = (positions < length).view(-1, *(1 for _ in rows.shape[dim + 1 :]))
         rows = torch.where(is_real, rows, fill)
     return cut.flatten(rows)
