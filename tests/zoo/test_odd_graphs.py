@@ -42,14 +42,13 @@ def exact_count(x: Tensor, p: Tensor, keep: Tensor) -> Tensor:
 
 def complex_weight(x: Tensor, p: Tensor, keep: Tensor) -> Tensor:
     spin = torch.view_as_complex(p.view(4, 2)) * 1.0
-    turned: Tensor = torch.view_as_real(spin).flatten()
-    return _attend(x) * turned
+    return _attend(x) * torch.view_as_real(spin).flatten()
 
 
 def uneven_split(x: Tensor, p: Tensor, keep: Tensor) -> Tensor:
     a, b = _attend(x).transpose(1, 2).split([2, 6], 1)
-    folded: Tensor = b.reshape(B, 3 * S, 2).sin()
-    return folded.sum(-1) + a.sum()
+    total: Tensor = b.reshape(B, 3 * S, 2).sin().sum(-1) + a.sum()
+    return total
 
 
 def unit_shard_squeezed(x: Tensor, p: Tensor, keep: Tensor) -> Tensor:
