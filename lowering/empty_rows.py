@@ -1,4 +1,4 @@
-"""What a query with no key gives, where the user's own spelling gives more than zeros.
+"""What a query with no key gives: the user's spelling decides; padding gives its own V.
 
 Invariant: rows that have a key are untouched, in value and gradient.
 """
@@ -25,17 +25,35 @@ def fill_empty_rows(
         plan: the attention's plan.
 
     Returns:
-        ``out`` with such rows replaced; rows of padding stay 0.
+        ``out`` with such rows replaced.
     """
+    return _fill_pads(_fill_empty(out, lse, qkv, plan), qkv[2], plan)
+
+
+def _fill_empty(
+    out: Tensor, lse: Tensor, qkv: tuple[Tensor, Tensor, Tensor], plan: RankPlan
+) -> Tensor:
     mask = plan.schedule.parts[0].mask
     if mask.empty_row is EmptyRow.ZERO:
         return out
     is_empty = (lse == -torch.inf)[..., None]
     if mask.empty_row is EmptyRow.NAN:
-        return torch.where(is_empty & _is_real(out, plan), torch.nan, out)
+        return torch.where(is_empty, torch.nan, out)
     passes_scores = mask.empty_row is EmptyRow.MEAN_ALL
     mean = _mean_of_all(*qkv, plan, passes_scores=passes_scores)
     return torch.where(is_empty, mean.to(out.dtype), out)
+
+
+def _fill_pads(out: Tensor, v: Tensor, plan: RankPlan) -> Tensor:
+    """Let each row of padding attend to itself alone, without a gradient.
+
+    Zeros would be NaN behind a norm without eps, and its backward would carry that NaN,
+    times a tangent of 0, into the weights before it.
+    """
+    if plan.schedule.length is None:
+        return out
+    own = v.detach().repeat_interleave(out.shape[1] // v.shape[1], 1)
+    return torch.where(_is_real(out, plan), out, own)
 
 
 def _is_real(x: Tensor, plan: RankPlan) -> Tensor:

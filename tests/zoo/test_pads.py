@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.compiling import compile_ring
 from support.ranks import RankPool
 from support.spine_models import Outcome, build_model, find_model, run_step
@@ -61,3 +62,30 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 @pytest.mark.parametrize("name", ["llama", "bert padded"])
 def test_padding_reaches_nothing(ranks: RankPool, name: str, layout: str) -> None:
     assert ranks.run(run_twice, name, layout, world_size=3) == [[], [], []]
+
+
+def norm_without_eps(x: Tensor, w: Tensor) -> Tensor:
+    """A norm of attention alone: of a row of zeros it gives NaN."""
+    q = (x @ w).unflatten(-1, (2, 4)).transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    y = y.transpose(1, 2).flatten(2) @ w
+    return y * y.square().sum(-1, keepdim=True).rsqrt()
+
+
+def run_norm(group: ProcessGroup, rank: int) -> None:
+    call, record = compile_ring(norm_without_eps, group, compiler="eager")
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2, LENGTH, 8, generator=generator).requires_grad_()
+    w = torch.randn(8, 8, generator=generator).requires_grad_()
+    weight = torch.linspace(1, 2, 8)
+    got, want = call(x, w), norm_without_eps(x, w)
+    torch.testing.assert_close(got, want)
+    ours, theirs = (
+        torch.autograd.grad((y * weight).sum(), (x, w)) for y in (got, want)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert len(record.rings) == 1
+
+
+def test_padding_makes_no_nan(ranks: RankPool) -> None:
+    ranks.run(run_norm, world_size=3)
