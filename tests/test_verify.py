@@ -9,6 +9,7 @@ from support.compiling import compile_ring
 from support.ranks import RankPool
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
 
 from ringcompile.errors import RankMismatchError
 
@@ -21,16 +22,28 @@ def attend_and_drop(x: Tensor) -> Tensor:
     return F.dropout(attend(x), 0.5, training=True)
 
 
+def attend_and_drop_checkpointed(x: Tensor) -> Tensor:
+    out: Tensor = checkpoint(attend_and_drop, x, use_reentrant=False)
+    return out
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "random states": attend_and_drop,
+    "random states, checkpointed": attend_and_drop_checkpointed,
+    "nothing random": attend_and_drop,
+}
+
+
 def call_with(group: ProcessGroup, rank: int, what: str) -> str:
     """The text of the error of one call, or nothing."""
-    fn: Callable[[Tensor], Tensor] = attend_and_drop if "random" in what else attend
+    fn = FUNCTIONS.get(what, attend)
     options = {"stages": 1 + rank} if what == "plans" else {}
     # ``inductor`` is the path with the check.
     call, _ = compile_ring(fn, group, options=options)
     x = torch.arange(64.0).reshape(1, 2, 8, 4) + (rank if what == "inputs" else 0)
-    torch.manual_seed(rank if what == "random states" else 0)
+    torch.manual_seed(rank if "random states" in what else 0)
     try:
-        call(x)
+        call(x.requires_grad_())
     except RankMismatchError as error:
         return str(error)
     return ""
@@ -43,6 +56,7 @@ def call_with(group: ProcessGroup, rank: int, what: str) -> str:
         ("inputs", "input l_x_ differs between rank"),
         ("plans", "planned other schedules"),
         ("random states", "the random state differs"),
+        ("random states, checkpointed", "the random state differs"),
         ("nothing", ""),
         ("nothing random", ""),
     ],

@@ -55,6 +55,11 @@ def unit_shard_squeezed(x: Tensor, p: Tensor, keep: Tensor) -> Tensor:
     return _attend(x[:, :2])[:, :, None].squeeze(2).squeeze(1) * 2
 
 
+def all_dims_reversed(x: Tensor, p: Tensor, keep: Tensor) -> Tensor:
+    turned: Tensor = torch.ops.aten.numpy_T(_attend(x))
+    return turned * p[:, None, None]
+
+
 EXACT = [
     mask_also_pools,
     batch_and_sequence_flattened_both_ways,
@@ -63,6 +68,7 @@ EXACT = [
     complex_weight,
     uneven_split,
     unit_shard_squeezed,
+    all_dims_reversed,
 ]
 
 
