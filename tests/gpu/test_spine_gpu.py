@@ -52,7 +52,7 @@ def _run_rank(rank: int, world_size: int, port: int, name: str, length: int) -> 
         got = _cpu(run_step(model, ring, _to_gpu(inputs)))
         alone: Any = torch.compile(model, backend="inductor")
         one_rank = _cpu(run_step(model, alone, _to_gpu(inputs)))
-        assert len(record.rings) == row.num_attentions
+        assert len(record.rings) == row.num_layers
         assert record.num_graphs == 1
         assert_step_no_worse_than_one_rank(got, one_rank, want)
     finally:

@@ -75,5 +75,6 @@ def test_any_length(ranks: RankPool, layout: str, mask: str) -> None:
     check(ranks, Case(mask, layout, any_length=True), "aot_eager", 2)
 
 
+@pytest.mark.slow
 def test_any_length_with_inductor(ranks: RankPool) -> None:
     check(ranks, Case("causal", "zigzag", any_length=True), "inductor", 2)

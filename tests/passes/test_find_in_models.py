@@ -59,7 +59,7 @@ def find_regions(row: SpineModel, attention: str, dynamic: bool | None) -> list[
     del inputs["labels"]  # the loss has no attention
     found = trace_model(model, inputs, dynamic=dynamic).find()
     regions = [f for f in found if isinstance(f, Region)]
-    assert len(regions) == len(found) == row.num_attentions, found
+    assert len(regions) == len(found) == row.num_layers, found
     return regions
 
 

@@ -1,7 +1,7 @@
 """The models of the spine: unmodified Hugging Face models with random weights."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,28 +22,29 @@ class SpineModel:
 
     Attributes:
         name: its name in tables.
-        build: the model for an attention implementation, ``sdpa`` or ``eager``.
+        build: the model for an attention implementation, ``sdpa`` or ``eager``, and a
+            number of layers.
         make_inputs: a batch of the given sequence length.
         length: tokens, unless a test asks for another number.
-        num_attentions: regions that must become rings.
+        num_layers: each has one attention.
     """
 
     name: str
-    build: Callable[[str], nn.Module]
+    build: Callable[[str, int], nn.Module]
     make_inputs: Callable[[int], Inputs]
     length: int = 96
-    num_attentions: int = 2
+    num_layers: int = 2
 
 
-def _decoder(kind: str, **extra: Any) -> Callable[[str], nn.Module]:  # noqa: ANN401
-    def build(attention: str) -> nn.Module:
+def _decoder(kind: str, **extra: Any) -> Callable[[str, int], nn.Module]:  # noqa: ANN401
+    def build(attention: str, num_layers: int) -> nn.Module:
         import transformers  # noqa: PLC0415 - seconds to import
 
         config = getattr(transformers, f"{kind}Config")(
             vocab_size=VOCABULARY,
             hidden_size=32,
             intermediate_size=48,
-            num_hidden_layers=2,
+            num_hidden_layers=num_layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=4096,
@@ -57,13 +58,13 @@ def _decoder(kind: str, **extra: Any) -> Callable[[str], nn.Module]:  # noqa: AN
     return build
 
 
-def _gpt2(attention: str) -> nn.Module:
+def _gpt2(attention: str, num_layers: int) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415
 
     config = GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=32,
-        n_layer=2,
+        n_layer=num_layers,
         n_head=4,
         n_positions=1024,
         use_cache=False,
@@ -81,14 +82,14 @@ def _gpt2(attention: str) -> nn.Module:
     return model
 
 
-def _bert(attention: str) -> nn.Module:
+def _bert(attention: str, num_layers: int) -> nn.Module:
     from transformers import BertConfig, BertForMaskedLM  # noqa: PLC0415
 
     config = BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         max_position_embeddings=1024,
         hidden_dropout_prob=0.0,
@@ -149,15 +150,16 @@ SPINE = (
 )
 
 
-def find_model(name: str) -> SpineModel:
+def find_model(name: str, num_layers: int = 2) -> SpineModel:
     """The row of that name."""
-    return next(m for m in SPINE if m.name == name)
+    row = next(m for m in SPINE if m.name == name)
+    return replace(row, num_layers=num_layers)
 
 
 def build_model(row: SpineModel, attention: str, dtype: torch.dtype) -> nn.Module:
     """The model in training mode, the same weights at every call."""
     torch.manual_seed(0)
-    return row.build(attention).to(dtype).train()
+    return row.build(attention, row.num_layers).to(dtype).train()
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,15 @@ def run_bfloat16(group: ProcessGroup, rank: int, name: str, compiler: str) -> No
     assert_step_no_worse_than_one_rank(got, one_rank, want)
 
 
-@pytest.mark.parametrize("cp_size", [2, 4])
-@pytest.mark.parametrize("name", ["llama", "bert padded"])
+@pytest.mark.parametrize(
+    ("name", "cp_size"),
+    [
+        ("llama", 4),
+        ("bert padded", 2),
+        pytest.param("llama", 2, marks=pytest.mark.slow),
+        pytest.param("bert padded", 4, marks=pytest.mark.slow),
+    ],
+)
 def test_bfloat16_loses_no_more_than_one_rank(
     ranks: RankPool, name: str, cp_size: int
 ) -> None:

@@ -39,7 +39,7 @@ def run_lengths(
 
 
 def test_one_graph_serves_many_lengths(ranks: RankPool) -> None:
-    assert ranks.run(run_lengths, LENGTHS, "aot_eager", world_size=2) == [0, 0]
+    assert ranks.run(run_lengths, (64, 96, 160), "aot_eager", world_size=2) == [0, 0]
 
 
 @pytest.mark.slow
@@ -48,7 +48,7 @@ def test_one_inductor_graph_serves_many_lengths(ranks: RankPool) -> None:
 
 
 def test_a_length_that_needs_pads_compiles_anew(ranks: RankPool) -> None:
-    assert ranks.run(run_lengths, (64, 61), "aot_eager", world_size=2) == [1, 1]
+    assert ranks.run(run_lengths, (64, 61), "eager", world_size=2) == [1, 1]
 
 
 def run_cached(group: ProcessGroup, rank: int, folder: str) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """The spine's matrix: models x spellings x ranks, each against eager float64.
 
-CI runs six cells with Inductor. The whole matrix, by hand:
+CI runs six cells with Inductor and one with padding. The whole matrix, by hand:
 
     pytest -q -m slow tests/zoo/test_spine.py
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -25,21 +25,35 @@ from support.tolerances import assert_gradients_equal, assert_output_equal
 from torch.distributed import ProcessGroup
 
 
-def run_cell(
-    group: ProcessGroup,
-    rank: int,
-    name: str,
-    attention: str,
-    compiler: str,
-    options: Mapping[str, Any],
-) -> tuple[Record, list[str]]:
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One cell of the matrix: a row of ``SPINE``, and how it is run."""
+
+    name: str
+    attention: str
+    cp_size: int
+    compiler: str = "inductor"
+    num_layers: int = 2
+    length: int | None = None
+    layout: str = "auto"
+
+    @property
+    def model(self) -> SpineModel:
+        return find_model(self.name, self.num_layers)
+
+    def __str__(self) -> str:
+        changed = [str(x) for x in (self.length,) if x] + [self.layout]
+        return f"{self.name}-{self.attention}-{self.cp_size}-{'-'.join(changed)}"
+
+
+def run_cell(group: ProcessGroup, rank: int, cell: Cell) -> tuple[Record, list[str]]:
     """One training step on this rank, and what is wrong with it."""
-    row = find_model(name)
-    inputs = row.make_inputs(options.get("length", row.length))
-    chosen = {k: v for k, v in options.items() if k != "length"}
-    want = run_reference(row, attention, inputs)
-    model = build_model(row, attention, torch.float32)
-    call, record = compile_ring(model, group, compiler=compiler, options=chosen)
+    row = cell.model
+    inputs = row.make_inputs(cell.length or row.length)
+    want = run_reference(row, cell.attention, inputs)
+    model = build_model(row, cell.attention, torch.float32)
+    options = {"layout": cell.layout}
+    call, record = compile_ring(model, group, compiler=cell.compiler, options=options)
     return record, _find_faults(run_step(model, call, inputs), want)
 
 
@@ -58,80 +72,57 @@ def _find_faults(got: Outcome, want: Outcome) -> list[str]:
     return faults
 
 
-def check_cell(
-    ranks: RankPool,
-    name: str,
-    attention: str,
-    *,
-    cp_size: int,
-    compiler: str,
-    options: Mapping[str, Any] | None = None,
-) -> list[Record]:
-    row = find_model(name)
-    results = ranks.run(
-        run_cell, name, attention, compiler, options or {}, world_size=cp_size
-    )
+def check_cell(ranks: RankPool, cell: Cell) -> None:
+    results = ranks.run(run_cell, cell, world_size=cell.cp_size)
     for rank, (record, faults) in enumerate(results):
         assert not faults, f"rank {rank}: {faults}"
         assert record.num_graphs == 1
         assert record.refused == []
         assert record.gathers == []
-        assert len(record.rings) == (row.num_attentions if cp_size > 1 else 2)
-    return [record for record, _ in results]
+        assert len(record.rings) == cell.num_layers
 
 
-CELLS = [
-    ("llama", "sdpa", 4),
-    ("mistral", "eager", 2),
-    ("gpt2", "sdpa", 2),
-    ("bert padded", "eager", 2),
-    ("llama packed", "sdpa", 2),
-    ("llama left-padded", "eager", 2),
+CI_CELLS = [
+    Cell("llama", "sdpa", 4, num_layers=1),
+    Cell("mistral", "eager", 2),
+    Cell("gpt2", "sdpa", 2, num_layers=1),
+    Cell("bert padded", "eager", 2, num_layers=1),
+    Cell("llama packed", "sdpa", 2, num_layers=1),
+    Cell("llama left-padded", "eager", 2, num_layers=1),
+    Cell("llama", "sdpa", 3, "aot_eager", length=509),
 ]
+MATRIX = [
+    Cell(row.name, attention, cp_size, "aot_eager")
+    for row in SPINE
+    for attention in ("sdpa", "eager")
+    for cp_size in (1, 2, 4)
+]
+INDUCTOR = [replace(c, compiler="inductor") for c in MATRIX if c.cp_size == 2]
+INDIVISIBLE = [
+    Cell(name, "sdpa", 3, "aot_eager", length=509, layout=layout)
+    for name in ("llama", "bert padded", "mistral")
+    for layout in ("contiguous", "zigzag", "striped")
+] + [Cell("llama", "sdpa", 3, length=509)]
 
 
-@pytest.mark.parametrize(("name", "attention", "cp_size"), CELLS)
-def test_a_cell_equals_eager_under_inductor(
-    ranks: RankPool, name: str, attention: str, cp_size: int
-) -> None:
-    check_cell(ranks, name, attention, cp_size=cp_size, compiler="inductor")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cp_size", [1, 2, 4])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("row", SPINE, ids=lambda row: row.name)
-def test_the_matrix_without_inductor(
-    ranks: RankPool, row: SpineModel, attention: str, cp_size: int
-) -> None:
-    check_cell(ranks, row.name, attention, cp_size=cp_size, compiler="aot_eager")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("row", SPINE, ids=lambda row: row.name)
-def test_the_matrix_with_inductor(
-    ranks: RankPool, row: SpineModel, attention: str
-) -> None:
-    check_cell(ranks, row.name, attention, cp_size=2, compiler="inductor")
+@pytest.mark.parametrize("cell", CI_CELLS, ids=str)
+def test_a_cell_equals_eager(ranks: RankPool, cell: Cell) -> None:
+    check_cell(ranks, cell)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
-@pytest.mark.parametrize("name", ["llama", "bert padded", "mistral"])
-def test_an_indivisible_length_on_three_ranks(
-    ranks: RankPool, name: str, layout: str
-) -> None:
-    options = {"length": 509, "layout": layout}
-    check_cell(ranks, name, "sdpa", cp_size=3, compiler="aot_eager", options=options)
+@pytest.mark.parametrize("cell", MATRIX, ids=str)
+def test_the_matrix_without_inductor(ranks: RankPool, cell: Cell) -> None:
+    check_cell(ranks, cell)
 
 
-def test_an_indivisible_length_under_inductor(ranks: RankPool) -> None:
-    check_cell(
-        ranks,
-        "llama",
-        "sdpa",
-        cp_size=3,
-        compiler="inductor",
-        options={"length": 509},
-    )
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", INDUCTOR, ids=str)
+def test_the_matrix_with_inductor(ranks: RankPool, cell: Cell) -> None:
+    check_cell(ranks, cell)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", INDIVISIBLE, ids=str)
+def test_an_indivisible_length_on_three_ranks(ranks: RankPool, cell: Cell) -> None:
+    check_cell(ranks, cell)
