@@ -19,7 +19,7 @@ from ringcompile.patterns import LocalWindow, LongNet, Pattern
 LENGTH = 48
 LONGNET = LongNet(segments=(8, 24, 48), rates=(1, 2, 4))
 WINDOW = LocalWindow(window=16, block=8)
-PATTERNS = {"longnet": LONGNET, "local window": WINDOW}
+PATTERNS: dict[str, Pattern] = {"longnet": LONGNET, "local window": WINDOW}
 
 
 def _attend(
