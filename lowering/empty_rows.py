@@ -50,7 +50,8 @@ def _fill_pads(out: Tensor, v: Tensor, plan: RankPlan) -> Tensor:
     Zeros would be NaN behind a norm without eps, and its backward would carry that NaN,
     times a tangent of 0, into the weights before it.
     """
-    if plan.schedule.length is None:
+    layout, length = plan.schedule.layout, plan.schedule.length
+    if length is None or length % layout.num_chunks == 0:
         return out
     own = v.detach().repeat_interleave(out.shape[1] // v.shape[1], 1)
     return torch.where(_is_real(out, plan), out, own)

@@ -66,9 +66,9 @@ def _slice_own(
     x, dim = cut.unflatten(x), cut.rows_dim
     layout, length = spec.layout, x.shape[dim]
     runs = layout.runs(spec.rank)
+    has_pads = length % layout.num_chunks != 0
     # Integers are not concatenated: Inductor 2.11 fuses that with a loss over two loops
     # of one GPU kernel, where the second reads what the first has not yet written.
-    has_pads = length % layout.num_chunks != 0
     if not has_pads and (len(runs) == 1 or x.is_floating_point()):
         chunk = length // layout.num_chunks
         pieces = [_slice_run(x, dim, run, chunk) for run in runs]

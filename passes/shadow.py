@@ -44,7 +44,6 @@ def trace_shadow(gm: GraphModule, example_inputs: Sequence[object]) -> GraphModu
     Returns:
         A flat graph with fake values in ``node.meta["val"]``, placeholders under their
         old names, ``meta["is_parameter"]`` and ``meta["requires_grad"]`` on them.
-
     """
     fake_mode, fakes = fake_inputs(gm, example_inputs)
     with fake_mode, fx_traceback.preserve_node_meta():

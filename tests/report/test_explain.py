@@ -174,8 +174,8 @@ bytes that each rank sends in one forward and one backward
 
 memory on each rank at the end of forward, without temporaries
   parameters                      33 KiB
-  saved for backward, at most   94.5 KiB
-    of that by attentions       8.52 KiB
+  saved for backward, at most   90.5 KiB
+    of that by attentions        8.5 KiB
   made whole                      48 KiB
 """,
     )

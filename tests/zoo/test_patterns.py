@@ -54,7 +54,7 @@ def _attend(
     return out.transpose(1, 2), None
 
 
-def run_pattern(group: ProcessGroup, rank: int, name: str, compiler: str) -> list[str]:
+def run_pattern(group: ProcessGroup, rank: int, name: str) -> list[str]:
     from transformers import AttentionInterface  # noqa: PLC0415 - seconds to import
 
     pattern = PATTERNS[name]
@@ -64,7 +64,7 @@ def run_pattern(group: ProcessGroup, rank: int, name: str, compiler: str) -> lis
     want = run_reference(row, name, inputs)
     model = build_model(row, "sdpa", torch.float32)
     call, record = compile_ring(
-        model, group, compiler=compiler, options={"attention": pattern}
+        model, group, compiler="eager", options={"attention": pattern}
     )
     got = run_step(model, call, inputs)
     assert_output_equal(got.loss, want.loss, "loss")
@@ -77,5 +77,5 @@ def run_pattern(group: ProcessGroup, rank: int, name: str, compiler: str) -> lis
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("cp_size", [1, 2, 4])
 def test_a_model_with_a_pattern(ranks: RankPool, name: str, cp_size: int) -> None:
-    for rings in ranks.run(run_pattern, name, "eager", world_size=cp_size):
+    for rings in ranks.run(run_pattern, name, world_size=cp_size):
         assert len(rings) == 2
