@@ -10,6 +10,7 @@ from ringcompile import ops
 from ringcompile.ir.attention import RankPlan
 from ringcompile.ir.mask import EmptyRow
 from ringcompile.ir.reshard import ReshardSpec, format_spec
+from ringcompile.lowering.orders import find_positions
 from ringcompile.lowering.reshard import reduce_partial, spread
 
 
@@ -61,7 +62,7 @@ def _is_real(x: Tensor, plan: RankPlan) -> Tensor:
     """Which rows are no padding, ``(T, 1)``."""
     layout, length = plan.schedule.layout, plan.schedule.length
     chunk = x.shape[2] // layout.chunks_per_rank
-    positions = layout.position_tensor(plan.rank, chunk, x.device)
+    positions = find_positions(layout, plan.rank, chunk, length=length, device=x.device)
     length = chunk * layout.num_chunks if length is None else length
     return (positions < length)[:, None]
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ringcompile.ir.attention import RankPlan
-from ringcompile.ir.schedule import Kernel, Part, Piece, Rows, Selection, Step
+from ringcompile.ir.schedule import Kernel, Part, Piece, Rows, Selection, Step, Tile
 from ringcompile.ir.text import format_mask, parse_plan
 from ringcompile.lowering.hops import Phase, Tag
+from ringcompile.lowering.orders import find_positions
 from ringcompile.lowering.rows import RowSet, Segments, Size, Span, Values, shift
-from ringcompile.lowering.selected import TableSpec, find_selected
+from ringcompile.lowering.selected import TableSpec, find_runs, find_selected
 
 read_plan = lru_cache(maxsize=1024)(parse_plan)
 
@@ -67,6 +68,11 @@ class PartProgram:
     def tiles(self) -> Iterator[TileProgram]:
         """All steps in order."""
         return (tile for stage in self.stages for tile in stage)
+
+    def pack(self, rows: RowSet | None, values: Values) -> Values:
+        """``values`` of ``rows`` as they travel; of None there are none."""
+        pack = self.queries.pack_none if rows is None else rows.pack
+        return tuple(map(pack, values))
 
     def query_segments(self, combine: Callable[[Values, Values], Values]) -> Segments:
         """Running values over the part's queries."""
@@ -118,9 +124,12 @@ class Frame:
 
     def positions(self, rank: int) -> Tensor:
         """Global positions of a rank's rows, ``(T,)``; padding is past the length."""
-        layout = self.plan.schedule.layout
-        chunk = cast("int", self.chunk)  # or symbolic
-        return layout.position_tensor(rank, chunk, self.device)
+        schedule = self.plan.schedule
+        return find_positions(
+            *(schedule.layout, rank, self.chunk),
+            length=schedule.length,
+            device=self.device,
+        )
 
 
 def build_program(
@@ -162,6 +171,8 @@ def _build_tile(step: Step, part: Part, queries: RowSet, frame: Frame) -> TilePr
     if isinstance(reads, Span):
         first = reads.rows.start
         pieces = tuple(replace(p, kv=shift(p.kv, first)) for p in mine.pieces)
+    elif part.selection is None:
+        pieces = _close_up(mine, cast("int", frame.chunk))
     elif reads is not None:
         pieces = (Piece(queries.own_rows, reads.own_rows, Kernel.MASKED),)
     return TileProgram(
@@ -175,6 +186,26 @@ def _build_tile(step: Step, part: Part, queries: RowSet, frame: Frame) -> TilePr
     )
 
 
+def _close_up(tile: Tile, chunk: int) -> tuple[Piece, ...]:
+    """The pieces over the needed rows laid end to end; those that then touch join."""
+    runs = [run.resolve(chunk) for run in tile.needs]
+
+    def count_before(row: int) -> int:
+        return sum(min(max(row - start, 0), stop - start) for start, stop in runs)
+
+    pieces: list[Piece] = []
+    for piece in sorted(tile.pieces, key=lambda p: p.kv.resolve(chunk)):
+        start, stop = map(count_before, piece.kv.resolve(chunk))
+        for n, other in enumerate(pieces):
+            touches = other.q == piece.q and other.kv.stop == (0, start)
+            if touches and other.kernel is piece.kernel is not Kernel.CAUSAL:
+                start = other.kv.start[1]
+                del pieces[n]
+                break
+        pieces.append(replace(piece, kv=Rows((0, start), (0, stop))))
+    return tuple(pieces)
+
+
 def _find_queries(part: Part, frame: Frame) -> RowSet:
     if part.selection is None:
         return frame.shard
@@ -182,13 +213,16 @@ def _find_queries(part: Part, frame: Frame) -> RowSet:
 
 
 def _find_kv(
-    part: Part, frame: Frame, ranks: tuple[int, int], needs: Rows | None
+    part: Part, frame: Frame, ranks: tuple[int, int], needs: Sequence[Rows]
 ) -> RowSet | None:
     """The rows that travel from one rank to another, of those that a tile needs."""
-    if needs is None:
+    if not needs:
         return None
+    if part.selection is None and len(needs) == 1:
+        return Span(needs[0], frame.chunk)
     if part.selection is None:
-        return Span(needs, frame.chunk)
+        layout, chunk = frame.plan.schedule.layout, cast("int", frame.chunk)
+        return find_runs(needs, chunk, layout, frame.device)
     return _find_selected(part.selection, frame, ranks[0], reader=ranks[1])
 
 

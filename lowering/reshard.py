@@ -21,6 +21,7 @@ from ringcompile import ops
 from ringcompile.ir.layout import Run
 from ringcompile.ir.reshard import ReshardSpec, parse_spec
 from ringcompile.lowering.hops import reshard_tag
+from ringcompile.lowering.orders import find_positions, find_rows
 from ringcompile.lowering.rows import Size, resolve
 from ringcompile.torch_private import WAIT_TENSOR
 
@@ -65,15 +66,19 @@ def _slice_own(
     """This rank's rows of a full tensor; padding copies the last row or is ``fill``."""
     x, dim = cut.unflatten(x), cut.rows_dim
     layout, length = spec.layout, x.shape[dim]
-    runs = layout.runs(spec.rank)
+    runs = layout.runs(spec.rank) if layout.has_runs else ()
     has_pads = length % layout.num_chunks != 0
     # Integers are not concatenated: Inductor 2.11 fuses that with a loss over two loops
     # of one GPU kernel, where the second reads what the first has not yet written.
-    if not has_pads and (len(runs) == 1 or x.is_floating_point()):
+    if runs and not has_pads and (len(runs) == 1 or x.is_floating_point()):
         chunk = length // layout.num_chunks
         pieces = [_slice_run(x, dim, run, chunk) for run in runs]
         return cut.flatten(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim))
-    positions = layout.position_tensor(spec.rank, layout.chunk_size(length), x.device)
+    positions = find_positions(
+        *(layout, spec.rank, layout.chunk_size(length)),
+        length=length,
+        device=x.device,
+    )
     # Only a length with pads becomes a constant: one graph serves the others.
     wanted = fill_pads(positions, int(length)) if has_pads else positions
     rows = x.index_select(dim, wanted)
@@ -105,6 +110,9 @@ def _gather_rows(x: Tensor, cut: _Cut, spec: ReshardSpec, length: Size) -> Tenso
         full = torch.cat([low, high.flip(0)]).movedim(0, dim)
     else:
         full = shards.movedim(0, dim)
+    if not spec.layout.has_runs:
+        rows = find_rows(spec.layout, int(length), x.device)
+        return cut.flatten(full.flatten(dim, dim + 1).index_select(dim, rows))
     return cut.flatten(full.flatten(dim, dim + 1).narrow(dim, 0, length))
 
 

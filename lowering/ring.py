@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringcompile import ops
+from ringcompile.lowering.adaptive import choose_blocks
 from ringcompile.lowering.empty_rows import fill_empty_rows
 from ringcompile.lowering.hops import Flight, Hops, Phase, keep, touch
 from ringcompile.lowering.merge import merge
@@ -26,7 +27,11 @@ from ringcompile.lowering.program import (
     read_plan,
 )
 from ringcompile.lowering.rows import RowSet, Segments, Size, Values
-from ringcompile.lowering.tiles.pieces import attend_piece, piece_gradients
+from ringcompile.lowering.tiles.pieces import (
+    BlockSums,
+    attend_piece,
+    piece_gradients,
+)
 
 
 def ring_attention(
@@ -48,7 +53,10 @@ def ring_attention(
     if torch.is_autocast_enabled(device):  # as torch's own attention is autocast
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     with torch.autocast(device, enabled=False):
-        out, lse = _Ring.apply(plan, q, k, v, *captures)  # type: ignore[no-untyped-call]
+        known, shares = choose_blocks(q, k, captures, plan=plan)
+        out, lse = _Ring.apply(plan, shares, q, k, v, *known)  # type: ignore[no-untyped-call]
+        divisor = read_plan(plan).schedule.mixing.divisor
+        out = out if divisor == 1 else out / divisor
         return fill_empty_rows(out, lse, (q, k, v), plan=read_plan(plan))
 
 
@@ -60,20 +68,31 @@ class _Ring(torch.autograd.Function):
     def forward(
         ctx: Any,  # noqa: ANN401 - autograd's
         plan_text: str,
+        shares: Tensor | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         *captures: Tensor,
     ) -> Values:
         hops = _hops_of(plan_text)
+        own_outs: list[Tensor] = []
+
+        def attend(part: PartProgram) -> Values:
+            out, lse = _attend_part(part, hops, q, (k, v))
+            if _is_detached(plan_text):
+                own_outs.append(out.to(q.dtype))
+            return part.queries.place((out, lse))[1]
+
         parts = build_program(plan_text, q, captures)
-        out, lse = reduce(_merge, (_attend_part(p, hops, q, (k, v)) for p in parts))
+        out, lse = reduce(_merge, map(attend, parts))
         # Saved, and in this order, hops are not replayed under checkpointing: lse has
         # no reader in forward and would be recomputed, ring and all (FACTS.md 2.3).
         lse = keep(touch(lse, hops.idle))
-        out = keep(out.to(q.dtype), [lse])
-        ctx.save_for_backward(q, k, v, out, lse, *captures)
+        outs = [keep(own) for own in own_outs]
+        out = keep(out.to(q.dtype), [lse, *outs])
+        ctx.save_for_backward(q, k, v, lse, *captures, *(outs or [out]))
         ctx.plan_text = plan_text
+        ctx.num_blocks = None if shares is None else shares.shape[-1]
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -84,37 +103,49 @@ class _Ring(torch.autograd.Function):
         grad_out: Tensor,
         _grad_lse: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *captures = ctx.saved_tensors
-        is_needed = ctx.needs_input_grad[1:4]
+        is_needed = ctx.needs_input_grad[2:5]
+        num_captures = len(ctx.needs_input_grad[5:])
+        q, k, v, lse, *rest = ctx.saved_tensors
+        captures, outs = rest[:num_captures], rest[num_captures:]
         # Behind the tangent, KV is not fetched in forward and saved (FACTS.md 2.3).
         hops = _hops_of(ctx.plan_text, after=[grad_out])
         lse = torch.where(lse == -torch.inf, torch.inf, lse)
-        shard = _Shard(grad_out.contiguous(), q, k, v, out, lse)
+        shard = _Shard(grad_out.contiguous(), q, k, v, lse)
         parts = build_program(ctx.plan_text, q, captures)
+        of_blocks = None if ctx.num_blocks is None else BlockSums(ctx.num_blocks)
+        if not _is_detached(ctx.plan_text):
+            outs = [part.queries.take(outs[0]) for part in parts]
         grads = reduce(
             _add,
             (
-                _part_gradients(p, hops, shard, returns=any(is_needed[1:]))
-                for p in parts
+                _part_gradients(
+                    *(p, hops, shard, out, of_blocks), returns=any(is_needed[1:])
+                )
+                for p, out in zip(parts, outs, strict=True)
             ),
         )
         dq, dk, dv = (
             touch(grad.to(x.dtype), hops.idle) if needed else None
             for grad, x, needed in zip(grads, (q, k, v), is_needed, strict=True)
         )
-        return None, dq, dk, dv, *(None for _ in captures)
+        d_shares = None if of_blocks is None else of_blocks.total()
+        return None, d_shares, dq, dk, dv, *(None for _ in captures)
 
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """What backward reads of this rank's rows; out and lse are merged over all keys."""
+    """What backward reads of this rank's rows; lse is merged over all keys."""
 
     grad_out: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
-    out: Tensor
     lse: Tensor
+
+
+def _is_detached(plan_text: str) -> bool:
+    """Whether backward reads each part's own output, not the merged one."""
+    return read_plan(plan_text).schedule.mixing.is_detached
 
 
 def _hops_of(plan_text: str, after: Sequence[Tensor] = ()) -> Hops:
@@ -128,7 +159,10 @@ def _stages(
     """Each stage's tiles with their KV; meanwhile the hops of the next stage fly."""
     flights = [_fetch(part, tile, hops, phase, kv) for tile in part.stages[0]]
     for stage, following in zip(part.stages, (*part.stages[1:], ()), strict=True):
-        arrived = [hops.land(flight) for flight in flights]
+        arrived = [
+            _land(tile, flight, hops)
+            for tile, flight in zip(stage, flights, strict=True)
+        ]
         flights = [_fetch(part, tile, hops, phase, kv) for tile in following]
         yield list(zip(stage, arrived, strict=True))
 
@@ -141,11 +175,19 @@ def _fetch(
         return Flight(_take(tile.reads, kv), is_here=True)
     return hops.start(
         part.frame.tag(phase, tile.number),
-        _take(tile.sends, kv),
+        part.pack(tile.sends, _take(tile.sends, kv)),
         dst=-1 if tile.sends is None else tile.reader,
         src=-1 if tile.reads is None else tile.owner,
-        rows=0 if tile.reads is None else tile.reads.count,
+        rows=0 if tile.reads is None else tile.reads.wire_count,
     )
+
+
+def _land(tile: TileProgram, flight: Flight, hops: Hops) -> Values:
+    """A tile's KV, of the rows that it reads."""
+    kv = hops.land(flight)
+    if tile.is_own or tile.reads is None:
+        return kv
+    return tuple(map(tile.reads.unpack, kv))
 
 
 def _take(rows: RowSet | None, xs: Values) -> Values:
@@ -156,7 +198,7 @@ def _take(rows: RowSet | None, xs: Values) -> Values:
 
 
 def _attend_part(part: PartProgram, hops: Hops, q: Tensor, kv: Values) -> Values:
-    """Out and lse of one part, over all rows of the shard."""
+    """Out and lse of one part, over the queries that take part."""
     queries = part.queries.take(q)
     total = part.query_segments(_merge)
     for stage in _stages(part, hops, Phase.FORWARD_KV, kv):
@@ -169,8 +211,7 @@ def _attend_part(part: PartProgram, hops: Hops, q: Tensor, kv: Values) -> Values
         out = q.new_zeros((*q.shape[:2], rows, v.shape[3]), dtype=dtype)
         return out, q.new_full((*q.shape[:2], rows), -torch.inf, dtype=dtype)
 
-    _, values = part.queries.place(total.join(nothing))
-    return values
+    return total.join(nothing)
 
 
 def _merge(a: Values, b: Values) -> Values:
@@ -181,21 +222,33 @@ def _merge(a: Values, b: Values) -> Values:
 
 
 def _part_gradients(
-    part: PartProgram, hops: Hops, shard: _Shard, *, returns: bool
+    part: PartProgram,
+    hops: Hops,
+    shard: _Shard,
+    out: Tensor,
+    of_blocks: BlockSums | None,
+    *,
+    returns: bool,
 ) -> Values:
     """dq, dk and dv of one part, over all rows of the shard.
 
+    ``out``: the part's rows of the output whose weights pass gradients on.
+    ``of_blocks``: where gradients of blocks' scores are summed up, if those learn.
     ``returns``: whether dKV are wanted, so that each rank sends them to the owner.
     """
-    reads = (shard.grad_out, shard.q, shard.out, shard.lse)
-    queries = tuple(part.queries.take(x) for x in reads)
+    grad_out, q, lse = map(part.queries.take, (shard.grad_out, shard.q, shard.lse))
+    queries = (grad_out, q, out, lse)
     kv = (shard.k, shard.v)
     dq, home = part.query_segments(_add), part.kv_segments(_add)
     under_way: list[tuple[TileProgram, Flight]] = []
     for stage in _stages(part, hops, Phase.BACKWARD_KV, kv):
         landing, under_way = under_way, []
         for tile, tile_kv in stage:
-            dkv = _tile_gradients(part, tile, queries, tile_kv, dq)
+            dkv = _zeros(kv, 0)
+            if tile.reads is not None:
+                dkv = _tile_gradients(part, tile, queries, tile_kv, dq)
+            if of_blocks is not None:
+                of_blocks.add(part, tile, queries, tile_kv)
             if not tile.is_own and returns:
                 under_way.append((tile, _return(part, tile, hops, dkv)))
             elif tile.is_own and tile.reads is not None:
@@ -211,8 +264,6 @@ def _tile_gradients(
     part: PartProgram, tile: TileProgram, queries: Values, kv: Values, dq: Segments
 ) -> Values:
     """Add to ``dq`` and give dk and dv of the KV rows that the tile reads."""
-    if tile.reads is None:
-        return _zeros(kv, 0)
     dkv = part.tile_segments(tile, _add)
     for piece in tile.pieces:
         piece_dq, *piece_dkv = piece_gradients(part, tile, piece, queries, kv)
@@ -227,10 +278,10 @@ def _return(part: PartProgram, tile: TileProgram, hops: Hops, dkv: Values) -> Fl
     """Send dKV home to the owner, and expect those of the rank that reads ours."""
     return hops.start(
         part.frame.tag(Phase.BACKWARD_DKV, tile.number),
-        dkv,
+        part.pack(tile.reads, dkv),
         dst=-1 if tile.reads is None else tile.owner,
         src=-1 if tile.sends is None else tile.reader,
-        rows=0 if tile.sends is None else tile.sends.count,
+        rows=0 if tile.sends is None else tile.sends.wire_count,
     )
 
 
@@ -240,7 +291,7 @@ def _land_home(
     for tile, flight in landing:
         dkv = hops.land(flight)
         if tile.sends is not None:
-            home.add(*tile.sends.place(dkv))
+            home.add(*tile.sends.place(tuple(map(tile.sends.unpack, dkv))))
 
 
 def _zeros(xs: Values, rows: Size) -> Values:

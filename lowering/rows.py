@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import SymInt, Tensor
 
+from ringcompile import ops
 from ringcompile.ir.layout import Edge
 from ringcompile.ir.schedule import Rows
 
@@ -52,6 +53,11 @@ class Span:
         )
 
     @property
+    def wire_count(self) -> Size:
+        """How many travel, per head."""
+        return self.count
+
+    @property
     def own_rows(self) -> Rows:
         """All of these rows, counted from the first."""
         return shift(self.rows, self.rows.start)
@@ -73,22 +79,74 @@ class Span:
         """Where in the shard ``values`` belong, one row for each row of the span."""
         return self.rows, values
 
+    def pack(self, x: Tensor) -> Tensor:
+        """These rows, ``(B, H, n, D)``, as they travel."""
+        return x
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """``pack`` undone."""
+        return x
+
+    def pack_none(self, x: Tensor) -> Tensor:
+        """No rows of ``x``, as they travel."""
+        return x[:, :, :0]
+
+
+PRESENT, PLACES = "present of ", "places of "
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """How rows travel where heads have different numbers: those of all end to end.
+
+    Attributes:
+        spec: what the table's rows are, as ``ops.ROW_TABLE`` takes it.
+        count: how many rows travel, of all heads together.
+        device: where the table lies.
+    """
+
+    spec: str
+    count: int
+    device: torch.device
+
+    @property
+    def present(self) -> Tensor:
+        """Which of the table's ``heads * count`` rows are not absent, ``(n,)``."""
+        return self._table(PRESENT)[0]
+
+    @property
+    def places(self) -> Tensor:
+        """Where each row of the table travels, ``(heads, count)``; 0 for no row."""
+        return self._table(PLACES)
+
+    def _table(self, what: str) -> Tensor:
+        table: Tensor = ops.ROW_TABLE(what + self.spec, device=self.device)
+        return table
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows picked per head.
+    """Rows picked one by one, for each head or for all alike.
 
     Attributes:
-        index: row numbers in the shard, ``(heads, count)`` int64, -1 for no row.
+        index: row numbers in the shard, ``(heads or 1, count)`` int64, -1 for no row.
         count: rows per head, absent ones included.
         shard: all rows of the shard.
         shard_size: how many they are.
+        wire: how they travel; None: all heads take the same rows, none of them absent,
+            and they travel by head.
     """
 
     index: Tensor
     count: int
     shard: Rows
     shard_size: int
+    wire: Wire | None
+
+    @property
+    def wire_count(self) -> int:
+        """How many travel: of all heads, or per head where all take the same."""
+        return self.count if self.wire is None else self.wire.count
 
     @property
     def own_rows(self) -> Rows:
@@ -102,6 +160,8 @@ class Table:
 
     def take(self, x: Tensor) -> Tensor:
         """These rows of a shard; an absent one is a copy of some other."""
+        if self.wire is None:
+            return x.index_select(2, self.index[0])
         index = self.index.clamp(min=0)
         return x.gather(2, _broadcast_index(index, x))
 
@@ -114,11 +174,32 @@ class Table:
         """``values`` scattered into zeros (lse: into -inf) over the whole shard."""
         return self.shard, tuple(self._scatter(x) for x in values)
 
+    def pack(self, x: Tensor) -> Tensor:
+        """These rows, ``(B, H, count, D)``, as they travel: ``(B, n, D)``."""
+        if self.wire is None:
+            return x
+        return x.flatten(1, 2).index_select(1, self.wire.present)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """``pack`` undone; an absent row is a copy of some other."""
+        if self.wire is None:
+            return x
+        places = self.wire.places
+        shape = (x.shape[0], *places.shape, x.shape[2])
+        return x.index_select(1, places.flatten()).view(shape)
+
+    def pack_none(self, x: Tensor) -> Tensor:
+        """No rows of ``x``, as they travel."""
+        return x[:, :, :0] if self.wire is None else x[:, 0, :0]
+
     def _scatter(self, x: Tensor) -> Tensor:
+        fill = -torch.inf if x.dim() == _LSE_DIM else 0.0
+        if self.wire is None:
+            shape = (*x.shape[:2], self.shard_size, *x.shape[3:])
+            return x.new_full(shape, fill).index_copy(2, self.index[0], x)
         # Absent rows land in one more row, which is cut off.
         index = torch.where(self.index < 0, self.shard_size, self.index)
         shape = (*x.shape[:2], self.shard_size + 1, *x.shape[3:])
-        fill = -torch.inf if x.dim() == _LSE_DIM else 0.0
         full = x.new_full(shape, fill).scatter(2, _broadcast_index(index, x), x)
         return full.narrow(2, 0, self.shard_size)
 

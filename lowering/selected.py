@@ -1,11 +1,13 @@
-"""The rows of a shard that a dilated part selects, per head, as index tables.
+"""The rows of a shard that a part selects, a tile needs or a curve orders: tables.
 
 Invariant: a table is made by an op when the graph runs, from a few numbers of text, so
 that none is baked into the graph; both ends of a hop make the same one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -13,11 +15,13 @@ from torch import Tensor
 from ringcompile import ops
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.schedule import Rows, Selection
-from ringcompile.lowering.rows import Table
+from ringcompile.lowering.rows import PLACES, PRESENT, Table, Wire
 from ringcompile.plan.selection import selected_rows
 from ringcompile.torch_private import outside_tracing
 
 _NOBODY = -1
+_RUNS = "runs="
+_ORDER = "order="
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,8 @@ class TableSpec:
         return (
             f"segment={selection.segment} rate={selection.rate}"
             f" offsets={','.join(map(str, offsets))} kv_heads={selection.num_kv_heads}"
-            f" layout={layout.name} cp_size={layout.cp_size} length={self.length}"
+            f" start={selection.start} stop={selection.stop or _NOBODY}"
+            f" layout={layout.key} cp_size={layout.cp_size} length={self.length}"
             f" rank={self.rank} reader={reader}"
         )
 
@@ -66,44 +71,137 @@ class TableSpec:
         """Read back what ``str`` gave."""
         fields = dict(field.split("=") for field in text.split(" "))
         offsets = map(int, fields["offsets"].split(","))
-        reader = int(fields["reader"])
+        reader, stop = int(fields["reader"]), int(fields["stop"])
         return cls(
             Selection(
                 segment=int(fields["segment"]),
                 rate=int(fields["rate"]),
                 offsets=tuple(None if s == _NOBODY else s for s in offsets),
                 num_kv_heads=int(fields["kv_heads"]),
+                start=int(fields["start"]),
+                stop=None if stop == _NOBODY else stop,
             ),
-            Layout(fields["layout"], int(fields["cp_size"])),
+            Layout.parse(fields["layout"], int(fields["cp_size"])),
             length=int(fields["length"]),
             rank=int(fields["rank"]),
             reader=None if reader == _NOBODY else reader,
         )
 
 
+@dataclass(frozen=True, slots=True)
+class OrderSpec:
+    """A layout's positions, or its inverse.
+
+    Attributes:
+        layout: which positions each rank holds.
+        length: tokens S.
+        rank: whose positions; None: the row of each position among all shards.
+    """
+
+    layout: Layout
+    length: int
+    rank: int | None
+
+    def numbers(self) -> tuple[int, ...]:
+        """Positions of the rank's rows, pads included; or rows of all S positions."""
+        if self.rank is not None:
+            return self.layout.positions(self.rank, self.length)
+        return self.layout.inverse(self.length)[: self.length]
+
+    def __str__(self) -> str:
+        layout, rank = self.layout, _NOBODY if self.rank is None else self.rank
+        size = f"cp_size={layout.cp_size} length={self.length}"
+        return f"{_ORDER}{layout.key} {size} rank={rank}"
+
+    @classmethod
+    def parse(cls, text: str) -> "OrderSpec":
+        """Read back what ``str`` gave."""
+        fields = dict(field.split("=") for field in text.split(" "))
+        rank = int(fields["rank"])
+        return cls(
+            Layout.parse(fields["order"], int(fields["cp_size"])),
+            length=int(fields["length"]),
+            rank=None if rank == _NOBODY else rank,
+        )
+
+
 def find_selected(spec: TableSpec, device: torch.device) -> Table:
     """The selected rows as a table; heads that select fewer have absent rows."""
     text = str(spec)
-    chunks = spec.layout.chunks_per_rank
+    rows = _rows(text)
     return Table(
         index=ops.ROW_TABLE(text, device=device),
         count=len(_padded_rows(text)[0]),
-        shard=Rows((0, 0), (chunks, 0)),
+        shard=Rows((0, 0), (spec.layout.chunks_per_rank, 0)),
         shard_size=spec.layout.shard_size(spec.length),
+        wire=Wire(text, sum(map(len, rows)), device),
     )
 
 
+def find_runs(
+    runs: Sequence[Rows], chunk: int, layout: Layout, device: torch.device
+) -> Table:
+    """Several runs of a shard's rows as a table for all heads."""
+    ends = [run.resolve(chunk) for run in runs]
+    text = _RUNS + ",".join(f"{start}:{stop}" for start, stop in ends)
+    return Table(
+        index=ops.ROW_TABLE(text, device=device),
+        count=sum(stop - start for start, stop in ends),
+        shard=Rows((0, 0), (layout.chunks_per_rank, 0)),
+        shard_size=chunk * layout.chunks_per_rank,
+        wire=None,
+    )
+
+
+_Rows = tuple[tuple[int, ...], ...]
+
+
 @lru_cache(maxsize=1024)
-def _padded_rows(text: str) -> tuple[tuple[int, ...], ...]:
-    """The rows of each head, filled up with -1 to the same count, at least one."""
+def _rows(text: str) -> _Rows:
+    """The rows of each head."""
+    if text.startswith(_RUNS):
+        runs = (run.split(":") for run in text.removeprefix(_RUNS).split(","))
+        return (tuple(row for a, b in runs for row in range(int(a), int(b))),)
+    if text.startswith(_ORDER):
+        return (OrderSpec.parse(text).numbers(),)
     with outside_tracing():  # the plan computes with tensors
-        rows = TableSpec.parse(text).rows()
-    count = max(1, *map(len, rows))
-    return tuple((*head, *(-1 for _ in range(count - len(head)))) for head in rows)
+        return TableSpec.parse(text).rows()
+
+
+@lru_cache(maxsize=1024)
+def _padded_rows(text: str) -> _Rows:
+    """The rows of each head, filled up with -1 to the same count, at least one."""
+    if text.startswith(PRESENT):
+        return (_find_present(text.removeprefix(PRESENT)),)
+    if text.startswith(PLACES):
+        return _find_places(text.removeprefix(PLACES))
+    rows = _rows(text)
+    longest = max(1, *map(len, rows))
+    return tuple((*head, *(-1 for _ in range(longest - len(head)))) for head in rows)
+
+
+def _find_present(text: str) -> tuple[int, ...]:
+    """Which rows of the padded table, counted over all heads, are none of the -1."""
+    flat = (row for head in _padded_rows(text) for row in head)
+    return tuple(n for n, row in enumerate(flat) if row >= 0)
+
+
+def _find_places(text: str) -> _Rows:
+    """How many such rows come before each row of the padded table; 0 for a -1."""
+    number = count()
+    return tuple(
+        tuple(next(number) if row >= 0 else 0 for row in head)
+        for head in _padded_rows(text)
+    )
+
+
+@lru_cache(maxsize=256)
+def _make_table(text: str) -> Tensor:
+    return torch.tensor(_padded_rows(text), dtype=torch.int64)
 
 
 def _row_table(text: str, *, device: torch.device) -> Tensor:
-    return torch.tensor(_padded_rows(text), device=device)
+    return _make_table(text).to(device, copy=True)
 
 
 def _row_table_shape(text: str, *, device: torch.device) -> Tensor:

@@ -11,20 +11,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import SymInt
+from torch import SymInt, nn
 from torch.fx import GraphModule, Node
 
 from ringcompile.config import RingOptions
-from ringcompile.errors import UnsupportedAttentionError
+from ringcompile.errors import OptionError, UnsupportedAttentionError
 from ringcompile.ir.attention import RankPlan
 from ringcompile.ir.layout import Layout
-from ringcompile.ir.mask import Mask
+from ringcompile.ir.mask import causal, conjuncts
 from ringcompile.ir.reshard import ReshardSpec, format_spec
-from ringcompile.ir.schedule import Schedule, Selection
+from ringcompile.ir.schedule import Schedule
 from ringcompile.ir.text import format_plan
 from ringcompile.mesh import Ranks
 from ringcompile.passes.caches import CACHE_ADVICE, find_cache_outputs
 from ringcompile.passes.canonicalize import canonicalize
+from ringcompile.passes.choose_pattern import choose_patterns
 from ringcompile.passes.emitter import AxisLayout
 from ringcompile.passes.find_attention import find_attention
 from ringcompile.passes.op import read_op, shape_of
@@ -32,24 +33,32 @@ from ringcompile.passes.propagate_layout import Placements, propagate_layout
 from ringcompile.passes.raise_attention import raise_attention
 from ringcompile.passes.regions import Refusal, Region
 from ringcompile.passes.rewrite import Gathered, Sharding, rewrite
+from ringcompile.passes.scorers import insert_scorers
 from ringcompile.passes.shadow import find_opaque, trace_shadow, where
 from ringcompile.passes.text import format_graph
-from ringcompile.patterns import Pattern
-from ringcompile.plan.choose import choose_layout
+from ringcompile.patterns import AttentionSpec, Pattern
+from ringcompile.patterns.base import find_segment
+from ringcompile.plan.choose import PartSpec, choose_layout
 from ringcompile.plan.coverage import DependsOnLength
 from ringcompile.plan.stages import build_schedule
 from ringcompile.torch_private import observe_pass, size_hint
 
 log = logging.getLogger(__name__)
 
-PartSpec = tuple[Mask, Selection | None]
-
 
 @dataclass(frozen=True, slots=True)
 class PlannedAttention:
-    """One attention that became a ring."""
+    """One attention that became a ring.
+
+    Attributes:
+        region: what was found.
+        pattern: ``"exact"``, or what is put on top of its mask.
+        plan: what this rank does.
+        reason: why it has its layout.
+    """
 
     region: Region
+    pattern: object
     plan: RankPlan
     reason: str
 
@@ -63,6 +72,7 @@ class Rewritten:
         attentions: those that became rings.
         refusals: those that run gathered.
         gathered: every value that is made whole, outputs included.
+        notes: warnings of what the options say without effect.
         texts: the graph after each named pass.
         draws: whether some op draws random numbers, so that ranks must agree on them.
     """
@@ -71,6 +81,7 @@ class Rewritten:
     attentions: tuple[PlannedAttention, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     gathered: tuple[Gathered, ...] = ()
+    notes: tuple[str, ...] = ()
     texts: dict[str, str] = field(default_factory=dict)
     draws: bool = False
 
@@ -79,7 +90,7 @@ class Rewritten:
         """Equal on all ranks iff they are about to run the same schedules."""
         text = "\n".join(
             f"{a.plan.index} {a.plan.scale!r} {a.plan.group_name} {a.plan.sources}"
-            f" {a.plan.schedule!r}"
+            f" {a.plan.schedule!r} {a.plan.block_order}"
             for a in self.attentions
         )
         return hashlib.sha256(text.encode()).hexdigest()
@@ -103,6 +114,7 @@ def run_passes(
         sources: hash of the lowering's source files.
 
     Raises:
+        OptionError: ``attention`` gives a pattern to a module that isn't there.
         UnsupportedAttentionError: an attention can't become a ring and
             ``unsupported="error"``.
     """
@@ -121,14 +133,22 @@ def run_passes(
     regions = tuple(f for f in found if isinstance(f, Region))
     if not regions:
         return made
+    chosen = choose_patterns(regions, made.refusals, options)
+    made.notes = chosen.unused
+    for note in made.notes:
+        warnings.warn(note, stacklevel=2)
     with observe_pass(made.gm, "raise_attention"):
         calls = raise_attention(made.gm, regions)
     _note(made, "raise_attention")
     with observe_pass(made.gm, "propagate_layout"):
         placements = propagate_layout(made.gm.graph)
+    attentions = {
+        node: _Attention(region, pattern)
+        for (node, region), pattern in zip(calls.items(), chosen.patterns, strict=True)
+    }
     planner = _Planner(options, ranks, sources)
-    axes = planner.lay_out(placements, calls)
-    plans = planner.plan(placements, calls)
+    axes = planner.lay_out(placements, attentions)
+    plans = planner.plan(placements, attentions)
     made.attentions = tuple(plans.values())
     texts = {node: format_plan(planned.plan) for node, planned in plans.items()}
     if ranks.is_alone:
@@ -140,6 +160,7 @@ def run_passes(
             sharding = _read_sharding(options, ranks, axes)
             made.gm, made.gathered = rewrite(made.gm, placements, texts, sharding)
         _warn_of_cache_outputs(regions, options)
+    insert_scorers(made.gm, planner.scorers)
     _note(made, "rewrite")
     _warn_of_gathers(made, options)
     return made
@@ -219,6 +240,24 @@ def _read_sharding(
     return Sharding(axes, gathers, param_factors=factors, sums_grads=False)
 
 
+@dataclass(frozen=True, slots=True)
+class _Attention:
+    """An attention and what is put on top of its mask."""
+
+    region: Region
+    pattern: object
+
+    def build_parts(self, length: int | SymInt) -> Sequence[PartSpec]:
+        """Masks and selections over ``length`` tokens."""
+        region, pattern = self.region, self.pattern
+        if not isinstance(pattern, Pattern):
+            return ((region.mask, None),)
+        heads, kv_heads = (shape_of(o.node)[1] for o in (region.q, region.k))
+        is_causal = causal() in conjuncts(region.mask.keeps)
+        spec = AttentionSpec(heads, kv_heads, length, is_causal)
+        return pattern.build_parts(region.mask, spec)
+
+
 class _Planner:
     """Chooses a layout for each axis, then plans each attention on its axis."""
 
@@ -228,18 +267,19 @@ class _Planner:
         self._sources = sources
         self._axes: list[AxisLayout] = []
         self._reasons: list[str] = []
+        self.scorers: dict[int, nn.Module] = {}
 
     def lay_out(
-        self, placements: Placements, calls: dict[Node, Region]
+        self, placements: Placements, attentions: dict[Node, _Attention]
     ) -> tuple[AxisLayout, ...]:
         """Fix layout and padding of every axis."""
         for number, axis in enumerate(placements.axes):
-            masks = [
-                calls[node].mask
+            on_axis = [
+                attentions[node]
                 for node, on in placements.attention_axis.items()
                 if on == number
             ]
-            layout, reason = self._choose(masks, axis.length)
+            layout, reason = self._choose(on_axis, axis.length)
             length, padded = _settle_length(axis.length, layout)
             spec = ReshardSpec(
                 layout,
@@ -253,21 +293,31 @@ class _Planner:
         return tuple(self._axes)
 
     def _choose(
-        self, masks: Sequence[Mask], length: int | SymInt
+        self, attentions: Sequence[_Attention], length: int | SymInt
     ) -> tuple[Layout, str]:
-        if self._options.layout != "auto":
-            layout = Layout(self._options.layout, self._ranks.size)
-            return layout, f'layout="{layout.name}" in the options'
-        return choose_layout(masks, self._ranks.size, size_hint(length))
+        name = self._options.layout
+        if self._ranks.is_alone:
+            return Layout("contiguous", 1), "one rank holds all tokens, in order"
+        if name != "auto":
+            segments = [find_segment(a.pattern) for a in attentions]
+            segment = max((s for s in segments if s is not None), default=None)
+            layout = Layout(
+                name, self._ranks.size, segment if name == "hilbert" else None
+            )
+            return layout, f'layout="{name}" in the options'
+        size = size_hint(length)
+        parts = [a.build_parts(size) for a in attentions]
+        return choose_layout(parts, self._ranks.size, size)
 
     def plan(
-        self, placements: Placements, calls: dict[Node, Region]
+        self, placements: Placements, attentions: dict[Node, _Attention]
     ) -> dict[Node, PlannedAttention]:
         """A plan for each call; axes whose schedule depends on S get a fixed S."""
         planned = {}
-        for index, (node, region) in enumerate(calls.items()):
-            number = placements.attention_axis[node]
-            schedule = self._schedule(region, number)
+        for index, (node, attention) in enumerate(attentions.items()):
+            number, region = placements.attention_axis[node], attention.region
+            schedule = self._schedule(attention, number)
+            self._note_scorer(index, attention.pattern, schedule)
             plan = RankPlan(
                 index=index,
                 name=region.where,
@@ -277,15 +327,35 @@ class _Planner:
                 timeout_s=self._options.timeout_s,
                 schedule=schedule,
                 sources=self._sources,
+                block_order=self._options.block_order,
             )
-            planned[node] = PlannedAttention(region, plan, self._reasons[number])
+            planned[node] = PlannedAttention(
+                region, attention.pattern, plan, self._reasons[number]
+            )
         return planned
 
-    def _schedule(self, region: Region, number: int) -> Schedule:
+    def _note_scorer(self, index: int, pattern: object, schedule: Schedule) -> None:
+        """Keep the module of a learned choice, by the number of its attention."""
+        choice = schedule.parts[0].mask.choice
+        if choice is None or not choice.is_learned:
+            return
+        if self._options.grads == "local":
+            raise OptionError(
+                'a learned Adaptive with grads="local"',
+                at="options",
+                because="its module has the whole gradient on every rank, and a wrapper"
+                " that sums or averages partial ones would count it P times or once",
+                instead='grads="summed", or scorer=None',
+            )
+        scorer = getattr(pattern, "scorer", None)
+        assert isinstance(scorer, nn.Module), "a learned choice has its module"
+        self.scorers[index] = scorer
+
+    def _schedule(self, attention: _Attention, number: int) -> Schedule:
         axis = self._axes[number]
         stages = self._options.stages
         num_stages = stages if isinstance(stages, int) else None
-        parts = self._parts(region)
+        parts = attention.build_parts(axis.length)
         length = None if isinstance(axis.length, SymInt) else axis.length
         if any(selection is not None for _, selection in parts):
             length = int(axis.length)
@@ -295,17 +365,12 @@ class _Planner:
             length = int(axis.length)
             return build_schedule(parts, axis.layout, length, num_stages=num_stages)
 
-    def _parts(self, region: Region) -> tuple[PartSpec, ...]:
-        pattern = self._options.attention
-        if not isinstance(pattern, Pattern):
-            return ((region.mask, None),)
-        heads, kv_heads = (shape_of(o.node)[1] for o in (region.q, region.k))
-        return pattern.build_parts(region.mask, heads, kv_heads)
-
 
 def _settle_length(length: int | SymInt, layout: Layout) -> tuple[int | SymInt, bool]:
-    """Keep S symbolic where no rank needs pads (that is guarded); else fix it."""
-    if isinstance(length, SymInt) and not bool(length % layout.num_chunks == 0):
+    """Keep S symbolic where runs need no pads (that is guarded); else fix it."""
+    if isinstance(length, SymInt) and not (
+        layout.has_runs and bool(length % layout.num_chunks == 0)
+    ):
         length = int(length)
     if isinstance(length, SymInt):
         return length, False

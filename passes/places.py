@@ -6,14 +6,21 @@ Invariant: a place always has a line or the node's name; paths are as Python kno
 import re
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from torch.fx import Node
 
+ModuleStack = Mapping[str, tuple[str, object]]
+"""What Dynamo notes of the modules that a node lies in: ``(path, class)``, inmost last.
+"""
+UNKNOWN = "?"
+"""The name of a module of which Dynamo does not tell which one it is."""
+
 _FRAME = re.compile(r'^\s*File "([^"]+)", line (\d+), in ', re.MULTILINE)
+_CHILD = re.compile(r"(?:\._modules|\.__dict__\['_modules'\])\['([^']+)'\]")
 _OWN = str(Path(__file__).resolve().parent.parent / "ringcompile")
 
 
@@ -32,6 +39,38 @@ class Place:
     module: str
     line: str
     call_line: str
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A second caller of what was traced once: the paths of both, as Dynamo writes.
+
+    Attributes:
+        traced: the module whose call was traced; empty if that tells nothing.
+        caller: the module that calls it now.
+    """
+
+    traced: str
+    caller: str
+
+
+def move_modules(stack: ModuleStack, move: Move) -> dict[str, tuple[str, object]]:
+    """The same stack below another module; ``UNKNOWN`` there if it was not below."""
+    paths = [path for path, _ in stack.values()]
+    rest = paths[-1].removeprefix(move.traced)
+    if not move.traced or rest == paths[-1] or rest[:1] not in {"", ".", "["}:
+        return {UNKNOWN: (f"{move.caller}.{UNKNOWN}", None)}
+    return {
+        key: (move.caller + path.removeprefix(move.traced), kind)
+        for key, (path, kind) in stack.items()
+        if path.startswith(move.traced)
+    }
+
+
+def innermost_module(meta: Mapping[str, object]) -> str:
+    """The path of a node's module as Dynamo writes it; empty outside of modules."""
+    stack = meta.get("nn_module_stack")
+    return str([*stack.values()][-1][0]) if isinstance(stack, Mapping) and stack else ""
 
 
 def find_place(node: Node) -> Place:
@@ -69,10 +108,7 @@ def _module_file(node: Node) -> str | None:
 
 
 def _module_path(node: Node) -> str:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    if not stack:
-        return ""
     # "L['self'].model.layers.0", or, of older torch, "..._modules['layers'][0]".
-    path = re.sub(r"\._modules\['([^']+)'\]", r".\1", stack[-1][0])
+    path = _CHILD.sub(r".\1", innermost_module(node.meta))
     path = re.sub(r"\[(\d+)\]", r".\1", path)
-    return str(path).partition(".")[2]
+    return str(path).partition(".")[2].removeprefix("__self__.")

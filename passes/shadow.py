@@ -4,7 +4,8 @@ The passes read *and* rewrite this graph. Composite ops stay whole (``aten.linea
 ``aten.softmax``, ``aten.scaled_dot_product_attention``), every spelling of Python is
 gone, and bodies of checkpoint, wrap and nested-region calls are inlined. Invariant: run
 on the same inputs it computes what the Dynamo graph does; nodes of a checkpointed body
-carry the tags by which AOTAutograd's partitioner recomputes them.
+carry the tags by which AOTAutograd's partitioner recomputes them, and nodes of a body
+that several modules share carry the names of the module that calls it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ringcompile.passes.places import find_place
+from ringcompile.passes.places import Move, find_place, innermost_module, move_modules
 from ringcompile.torch_private import fake_inputs
 
 # Higher-order op -> how many leading arguments are not operands of its body.
@@ -96,20 +97,37 @@ class _Inliner(Interpreter):
 
     _next_checkpoint = 0
 
-    def __init__(self, gm: GraphModule, tags: dict[str, object] | None = None) -> None:
+    def __init__(
+        self,
+        gm: GraphModule,
+        tags: dict[str, object] | None = None,
+        move: Move | None = None,
+        homes: dict[GraphModule, str] | None = None,
+    ) -> None:
         super().__init__(gm, garbage_collect_values=False)
         self.tags = tags or {}
+        self.move = move
+        # The module whose call of a body was traced: its name is on the body's nodes.
+        self.homes = {} if homes is None else homes
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
-        with _meta(self.tags):
+        with _meta(self.entries):
             return super().call_method(target, args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
         name = str(target.name()) if hasattr(target, "name") else ""
-        if name in _INLINED and isinstance(args[0], GraphModule):
-            return self._inline(name, args, kwargs)
-        with _meta(self.tags):
+        with _meta(self.entries):
+            if name in _INLINED and isinstance(args[0], GraphModule):
+                return self._inline(name, args, kwargs)
             return super().call_function(target, args, kwargs)
+
+    @property
+    def entries(self) -> dict[str, object]:
+        """What the node at hand, and what it is traced into, carries."""
+        stack = fx_traceback.current_meta.get("nn_module_stack")
+        if self.move is None or not stack:
+            return self.tags
+        return self.tags | {"nn_module_stack": move_modules(stack, self.move)}
 
     def _inline(self, name: str, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
         body, operands, tags = args[0], args[_INLINED[name] :], self.tags
@@ -121,7 +139,14 @@ class _Inliner(Interpreter):
                 "ac_graph_id": _Inliner._next_checkpoint,
             }
         assert not kwargs, f"{name} with keyword operands {sorted(kwargs)}"
-        return _Inliner(body, tags).run(*operands)
+        caller = innermost_module(fx_traceback.current_meta)
+        move = None
+        if body in self.homes:
+            home = self.homes[body]
+            # One caller twice: with the same module inside or with another?
+            move = Move(home if home != caller else "", caller)
+        self.homes.setdefault(body, caller)
+        return _Inliner(body, tags, move, self.homes).run(*operands)
 
 
 @contextmanager

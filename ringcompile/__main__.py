@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ringcompile.commands.plan import Question
 
 INTERRUPTED = 130
-LAYOUTS = ("auto", "contiguous", "zigzag", "striped")
+LAYOUTS = ("auto", "contiguous", "zigzag", "striped", "hilbert")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +51,12 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_demo(commands.add_parser("demo", help=_demo.__doc__))
     _add_explain(commands.add_parser("explain", help=_explain.__doc__))
     for name, command in (("plan", _plan), ("simulate", _simulate)):
-        _add_question(commands.add_parser(name, help=command.__doc__), command)
+        question = commands.add_parser(name, help=command.__doc__)
+        _add_question(question, command)
+        if command is _plan:
+            question.add_argument(
+                "--picture", action="store_true", help="draw the mask too"
+            )
     doctor = commands.add_parser("doctor", help=_doctor.__doc__)
     doctor.set_defaults(command=_doctor)
     return parser
@@ -152,9 +157,15 @@ def _add_question(
 
 def _plan(given: argparse.Namespace) -> int:
     """Draw the schedule of one attention, with its bytes and cost."""
-    from ringcompile.commands.plan import format_plan_answer  # noqa: PLC0415
+    from ringcompile.commands.plan import (  # noqa: PLC0415
+        draw_question,
+        format_plan_answer,
+    )
 
-    print(format_plan_answer(_read_question(given)))
+    question = _read_question(given)
+    if given.picture:
+        print(draw_question(question))
+    print(format_plan_answer(question))
     return 0
 
 

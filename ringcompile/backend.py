@@ -48,7 +48,7 @@ def ring(
     chosen = RingOptions.from_user(options, mode)
     ranks = find_ranks(chosen.mesh)
     patches = mode_patches(mode) | chosen.inductor_patches
-    if ranks.is_alone and chosen.attention == "exact":
+    if ranks.is_alone and chosen.is_exact:
         return compile_with_inductor(gm, example_inputs, patches)
 
     made = _rewrite(gm, example_inputs, chosen, ranks)

@@ -25,7 +25,7 @@ class _Choice:
 
 _CHOICES: Mapping[str, _Choice] = MappingProxyType(
     {
-        "layout": _Choice(("auto", "contiguous", "zigzag", "striped"), ("hilbert",)),
+        "layout": _Choice(("auto", "contiguous", "zigzag", "striped", "hilbert")),
         "inputs": _Choice(("replicated",), ("sharded",)),
         "outputs": _Choice(("gathered", "sharded")),
         "grads": _Choice(("summed", "local")),
@@ -33,7 +33,7 @@ _CHOICES: Mapping[str, _Choice] = MappingProxyType(
         "unsupported": _Choice(("gather", "error")),
         "kernel": _Choice(("auto",), ("cudnn", "flash", "flex", "math")),
         "transport": _Choice(("auto", "p2p"), ("copy_engine",)),
-        "block_order": _Choice(("natural",), ("hilbert",)),
+        "block_order": _Choice(("natural", "hilbert")),
         "verify": _Choice(("off", "plan"), ("numeric",)),
         "mode": _Choice(
             (
@@ -55,8 +55,10 @@ class RingOptions:
     Attributes:
         mesh: 1-D ``DeviceMesh`` or process group; None is the default group. A group
             is compared by identity, a mesh as ``DeviceMesh`` compares itself.
-        attention: ``"exact"`` or a hashable pattern of ``ringcompile.patterns``.
-        layout: Which positions each rank holds; ``auto`` decides by mask and cost.
+        attention: ``"exact"``, a hashable pattern of ``ringcompile.patterns``, or pairs
+            (glob over modules' names, one of those): the first that matches holds.
+        layout: Which positions each rank holds; ``auto`` decides by mask and cost, and
+            never for ``hilbert``.
         inputs: ``replicated``: every rank passes the same full tensors.
         outputs: ``gathered``: as eager on every rank; ``sharded``: each rank's rows.
         grads: ``summed``: each ``.grad`` is eager's; ``local``: partial sums, for a
@@ -68,7 +70,7 @@ class RingOptions:
         kernel: The tile kernel.
         transport: How hops travel.
         stages: Stages that the steps are grouped into, or ``"auto"``.
-        block_order: The order of blocks in a block-sparse tile.
+        block_order: The order in which the blocks of a masked tile are computed.
         verify: ``plan`` checks every schedule and compares plans over ranks.
         timeout_s: A hop or barrier older than this raises.
         inductor: Inductor config patches, as sorted pairs.
@@ -125,8 +127,23 @@ class RingOptions:
             )
         if "inductor" in given:
             given["inductor"] = _freeze_patches(given["inductor"])
+        if isinstance(by_module := given.get("attention"), Mapping):
+            given["attention"] = tuple(by_module.items())
         # Values are still of any type here; __post_init__ checks each of them.
         return cls(mode=mode, **given)  # type: ignore[arg-type]
+
+    @property
+    def attention_globs(self) -> tuple[tuple[str, object], ...]:
+        """Globs over modules' names, each with ``"exact"`` or a pattern, in order."""
+        # Not isinstance: a user's pattern may be a NamedTuple.
+        if type(self.attention) is tuple:
+            return self.attention
+        return (("*", self.attention),)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether no attention gets a pattern."""
+        return all(pattern == "exact" for _, pattern in self.attention_globs)
 
     @property
     def inductor_patches(self) -> dict[str, object]:
@@ -170,14 +187,34 @@ def _check_choice(name: str, value: object, choice: _Choice) -> None:
 
 
 def _check_attention(value: object) -> None:
+    if type(value) is not tuple:
+        _check_pattern(value, "attention")
+        return
+    for pair in value or ((),):
+        if not (type(pair) is tuple and len(pair) == _PAIR and _is_glob(pair[0])):
+            raise OptionError(
+                f"attention={dict([pair]) if len(pair) == _PAIR else {}!r}",
+                at="options",
+                because="a dict gives patterns to globs over modules' names",
+                instead='for example {"model.layers.0.*": LongNet(...), "*": "exact"}',
+            )
+        _check_pattern(pair[1], f"attention[{pair[0]!r}]")
+
+
+_PAIR = 2
+
+
+def _is_glob(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _check_pattern(value: object, name: str) -> None:
     if isinstance(value, str) and value == "exact":
         return
     instead = "'exact', or a pattern object of ringcompile.patterns"
-    if isinstance(value, Mapping):
-        raise _not_built("attention as a dict of patterns by module", instead=instead)
     if not hasattr(value, "build_parts"):
         raise OptionError(
-            f"attention={value!r}",
+            f"{name}={value!r}",
             at="options",
             because="it is neither 'exact' nor a pattern, and presets by name "
             "are not built yet",
@@ -187,7 +224,7 @@ def _check_attention(value: object) -> None:
         hash(value)
     except TypeError as error:
         raise OptionError(
-            f"attention={value!r}",
+            f"{name}={value!r}",
             at="options",
             because=f"a pattern must be hashable, or each call compiles anew ({error})",
             instead="make it a frozen dataclass of tuples, numbers and bytes",

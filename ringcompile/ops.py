@@ -21,10 +21,17 @@ LIBRARY = torch.library.Library("ringcompile", "DEF")
 #   hop, all_gather, all_reduce  start communication, `_c10d_functional.wait_tensor`
 #                   ends it. `deps` only order; dst or src = -1: no peer, no rows.
 #   keep, touch     copies of x that make `deps` needed; `keep` is saved for backward.
-#   row_table       rows of a shard that take part, (heads, n) int64, -1 for no row.
+#   row_table       rows of a shard that take part, (heads, n) int64, -1 for no row; or
+#                   which of them travel, and where.
+#   sum_up_blocks   means of blocks of q and k, equal on all ranks; see lowering.
+#   choose_blocks   the key blocks that each query block keeps, (B, H, num_blocks,
+#                   count) int64, -1 for none.
 #   masked_attention  one tile. Positions are (H or 1, n) and (G or 1, m) int64 with -1
 #                   for no row, `mask` is text of a `Mask`. out and lse are float32, or
 #                   float64 for float64. The backward takes the merged out and lse.
+#                   `block_order` is `natural` or `hilbert` (SEMANTICS.md 4b).
+#   block_gradients gradients of the scores, summed over blocks of queries and keys:
+#                   (B, H, num_blocks, num_blocks).
 _SCHEMAS = """
 ring_attention(Tensor q, Tensor k, Tensor v, Tensor[] captures, *, str plan) -> Tensor;
 
@@ -45,12 +52,19 @@ keep(Tensor x, Tensor[] deps) -> Tensor;
 touch(Tensor x, Tensor[] deps) -> Tensor;
 
 row_table(str spec, *, Device device) -> Tensor;
+sum_up_blocks(Tensor q, Tensor k, Tensor[] captures, *, str plan) -> (Tensor q_means,
+    Tensor k_means, Tensor has_key);
+choose_blocks(Tensor scores, Tensor has_key, int count, bool is_causal) -> Tensor;
 
 masked_attention(Tensor q, Tensor k, Tensor v, Tensor q_pos, Tensor k_pos,
-    Tensor[] captures, *, str mask, float scale) -> (Tensor out, Tensor lse);
+    Tensor[] captures, *, str mask, float scale,
+    str block_order="natural") -> (Tensor out, Tensor lse);
 masked_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out,
     Tensor lse, Tensor q_pos, Tensor k_pos, Tensor[] captures, *, str mask,
-    float scale) -> (Tensor dq, Tensor dk, Tensor dv);
+    float scale, str block_order="natural") -> (Tensor dq, Tensor dk, Tensor dv);
+block_gradients(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+    Tensor q_pos, Tensor k_pos, Tensor[] captures, SymInt num_blocks, int block, *,
+    str mask, float scale) -> Tensor;
 """
 
 for _schema in _SCHEMAS.split(";")[:-1]:
@@ -69,7 +83,10 @@ ALL_REDUCE = _OPS.all_reduce.default
 KEEP = _OPS.keep.default
 TOUCH = _OPS.touch.default
 ROW_TABLE = _OPS.row_table.default
+SUM_UP_BLOCKS = _OPS.sum_up_blocks.default
+CHOOSE_BLOCKS = _OPS.choose_blocks.default
 MASKED_ATTENTION = _OPS.masked_attention.default
+BLOCK_GRADIENTS = _OPS.block_gradients.default
 MASKED_ATTENTION_BACKWARD = _OPS.masked_attention_backward.default
 
 
@@ -120,6 +137,15 @@ def _masked_shapes(
     dtype = accumulation_dtype(q.dtype)
     out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=dtype)
     return out, q.new_empty(q.shape[:-1], dtype=dtype)
+
+
+@torch.library.register_fake("ringcompile::block_gradients", lib=LIBRARY)
+def _block_gradient_shape(
+    _grad_out: Tensor, q: Tensor, *rest: object, **_options: object
+) -> Tensor:
+    num_blocks: int = rest[7]  # type: ignore[assignment]
+    shape = (*q.shape[:2], num_blocks, num_blocks)
+    return q.new_empty(shape, dtype=accumulation_dtype(q.dtype))
 
 
 @torch.library.register_fake("ringcompile::masked_attention_backward", lib=LIBRARY)

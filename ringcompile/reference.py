@@ -11,7 +11,8 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
-from ringcompile.ir.mask import TRUE, EmptyRow, Mask, evaluate
+from ringcompile.ir.evaluate import evaluate
+from ringcompile.ir.mask import TRUE, EmptyRow, Mask
 
 
 def attention(
@@ -130,6 +131,53 @@ def local_window(  # noqa: PLR0913 - the pattern's own parameters
     near = (block_of[:, None] - block_of).abs() <= window // block // 2
     kept = kept_pairs(mask, q, captures) & near
     return _mix(_scores(q, k, scale), kept.double(), _per_query_head(v, q))
+
+
+def chosen_blocks(  # noqa: PLR0913 - the pattern's own parameters
+    q: Tensor,
+    k: Tensor,
+    *,
+    keep: int,
+    block: int = 64,
+    is_causal: bool = False,
+    visible: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Blocks that ``Adaptive`` keeps (section 3).
+
+    Args:
+        q: ``(B, H, S, D)``.
+        k: ``(B, G, S, D)``.
+        keep: blocks in each row, the own one among them.
+        block: tokens in a block.
+        is_causal: whether only earlier blocks are candidates.
+        visible: which keys count, bool ``(B, S)``; None: all.
+        scale: factor of ``<Q, K>``; None for ``D ** -0.5``.
+
+    Returns:
+        bool ``(B, H, num_blocks, num_blocks)``.
+    """
+    B, H, S, D = q.shape
+    q, k = q.detach().double(), _per_query_head(k.detach(), q)
+    counts = torch.ones(B, S) if visible is None else visible
+    on = torch.zeros(B, H, -(-S // block), -(-S // block), dtype=torch.bool)
+    for b in range(B):
+        for h in range(H):
+            sums = []
+            for start in range(0, S, block):
+                rows = torch.arange(start, min(start + block, S))
+                seen = rows[counts[b, rows] != 0]
+                q_sum = q[b, h, start] if is_causal else q[b, h, rows].mean(0)
+                sums.append((q_sum, k[b, h, seen].mean(0) if len(seen) else None))
+            for i, (q_sum, _) in enumerate(sums):
+                scores = {
+                    j: float(q_sum @ k_sum) * (D**-0.5 if scale is None else scale)
+                    for j, (_, k_sum) in enumerate(sums)
+                    if k_sum is not None and (j < i if is_causal else j != i)
+                }
+                best = sorted(scores, key=lambda j: (-scores[j], j))
+                on[b, h, i, [i, *best[: keep - 1]]] = True
+    return on
 
 
 def kept_pairs(

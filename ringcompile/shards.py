@@ -1,7 +1,7 @@
 """Cut tensors over the ranks of a mesh by hand, and join them again.
 
 The same ops that rewritten graphs run, so both are differentiable and each is the
-other's inverse; padding goes on at the end of the sequence and comes off again.
+other's inverse; padding goes on at the end and comes off again.
 """
 
 from torch import Tensor
@@ -16,25 +16,35 @@ from ringcompile.mesh import Ranks, find_ranks
 TIMEOUT_S = 600.0
 
 
-def shard(tensor: Tensor, dim: int, mesh: object = None, *, layout: str) -> Tensor:
+def shard(
+    tensor: Tensor,
+    dim: int,
+    mesh: object = None,
+    *,
+    layout: str,
+    segment: int | None = None,
+) -> Tensor:
     """Take this rank's rows of a tensor that every rank holds whole.
 
     Args:
         tensor: the whole tensor, equal on all ranks.
         dim: the sequence.
         mesh: 1-D ``DeviceMesh``, a process group, or None for the default group.
-        layout: ``contiguous``, ``zigzag`` or ``striped``.
+        layout: ``contiguous``, ``zigzag``, ``striped`` or ``hilbert``.
+        segment: of ``hilbert``, tokens in a segment: the largest of the pattern's, if
+            it has some, as compiled graphs have it.
 
     Returns:
         This rank's rows. If the ranks can't share the rows evenly, the last row is
-        repeated at the end of the sequence until they can.
+        repeated at the end of the layout's order until they can. One rank alone keeps
+        the tensor, whatever the layout.
 
     Raises:
         OptionError: no such layout or dim, or this process has no place in the mesh.
     """
     ranks = find_ranks(mesh)
     _check_dim(tensor, dim)
-    spec = _spec(layout, ranks)
+    spec = _spec(Layout(layout, ranks.size, segment), ranks)
     if ranks.is_alone:
         return tensor
     rows: Tensor = ops.SHARD(tensor, dim, spec=spec)
@@ -47,6 +57,7 @@ def unshard(
     mesh: object = None,
     *,
     layout: str,
+    segment: int | None = None,
     length: int | None = None,
 ) -> Tensor:
     """Join the rows that ranks hold, in order, on every rank; ``shard`` undone.
@@ -56,6 +67,7 @@ def unshard(
         dim: the sequence.
         mesh: as for ``shard``.
         layout: the one that the tensor was sharded by.
+        segment: as for ``shard``.
         length: rows of the whole; None: all of them, there is no padding.
 
     Returns:
@@ -66,10 +78,10 @@ def unshard(
     """
     ranks = find_ranks(mesh)
     _check_dim(tensor, dim)
-    spec = _spec(layout, ranks)
+    place = Layout(layout, ranks.size, segment)
     rows = tensor.shape[dim]
     whole = rows * ranks.size if length is None else length
-    if Layout(layout, ranks.size).shard_size(whole) != rows:
+    if place.shard_size(whole) != rows:
         raise OptionError(
             f"length={length}",
             at="unshard",
@@ -78,14 +90,13 @@ def unshard(
         )
     if ranks.is_alone:
         return tensor
-    joined: Tensor = ops.GATHER(tensor, dim, whole, spec=spec)
+    joined: Tensor = ops.GATHER(tensor, dim, whole, spec=_spec(place, ranks))
     return joined
 
 
-def _spec(layout: str, ranks: Ranks) -> str:
-    place = Layout(layout, ranks.size)
+def _spec(layout: Layout, ranks: Ranks) -> str:
     return format_spec(
-        ReshardSpec(place, ranks.rank, ranks.group_name, TIMEOUT_S, sources_hash())
+        ReshardSpec(layout, ranks.rank, ranks.group_name, TIMEOUT_S, sources_hash())
     )
 
 

@@ -1,13 +1,15 @@
 """Every private API of torch that we use, for torch 2.11 and 2.13, in one place."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import sympy
 import torch
-from torch import SymInt, Tensor
+from torch import SymInt, Tensor, nn
 from torch._C._distributed_c10d import AllgatherOptions, Work, _register_work
 from torch._guards import TracingContext
 from torch._logging._internal import trace_structured
@@ -83,6 +85,23 @@ def _fake_input(
         symbolic_context=symbolic,
         source=getattr(symbolic, "tensor_source", None),
     )
+
+
+def find_running_modules() -> tuple[nn.Module, ...]:
+    """Modules that are being called while Dynamo compiles, the outermost first.
+
+    The first is the compiled model, or one that a compiled function calls; none if no
+    module's call leads here. There are more than one where a graph breaks: then the
+    code of the last, or a function that it calls, is compiled by itself.
+    """
+    found: list[nn.Module] = []
+    frame: FrameType | None = sys._getframe()  # noqa: SLF001 - only the stack knows
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        if frame.f_code.co_name == "_call_impl":
+            module = frame.f_locals.get("self")
+            found += [module] if isinstance(module, nn.Module) else []
+        frame = frame.f_back
+    return tuple(reversed(found)) if frame is not None else ()
 
 
 def observe_pass(gm: GraphModule, name: str) -> AbstractContextManager[object]:

@@ -1,24 +1,41 @@
 """One tile under a mask, as a blocked loop of plain operators.
 
-The slow kernel that takes any mask, dtype and head sizes. Invariant: no buffer is
-larger than ``(B, H, 128, 1024)``, so none grows faster than linearly in S.
+The slow kernel that takes any mask, dtype and head sizes, and visits blocks in any
+order. Invariant: no buffer beside running results is larger than ``(B, H, 128, 1024)``,
+so none grows faster than linearly in S.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from ringcompile import ops
-from ringcompile.ir.mask import Mask, evaluate
+from ringcompile.ir.evaluate import evaluate
+from ringcompile.ir.hilbert import order_blocks
+from ringcompile.ir.mask import Mask
 from ringcompile.ir.text import parse_mask
 
 _Q_ROWS = 128
 _KV_ROWS = 1024
 
 _parse_mask = lru_cache(maxsize=256)(parse_mask)
+
+_Cells = Iterable[tuple[int, int]]
+
+
+def _order_rows(num_rows: int, num_columns: int) -> _Cells:
+    """All keys of some queries, then those of the next."""
+    return ((i, j) for i in range(num_rows) for j in range(num_columns))
+
+
+# Of a grid of query blocks i by KV blocks j, which follows which.
+_ORDERS: Mapping[str, Callable[[int, int], _Cells]] = MappingProxyType(
+    {"natural": _order_rows, "hilbert": order_blocks}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +65,10 @@ class _Tile:
         """What the loop computes in."""
         return ops.accumulation_dtype(self.q.dtype)
 
-    def q_blocks(self) -> Iterator[slice]:
-        """The query rows, some at a time."""
-        return _blocks(self.q.shape[2], _Q_ROWS)
-
-    def kv_blocks(self) -> Iterator[slice]:
-        """The KV rows, some at a time."""
-        return _blocks(self.k.shape[2], _KV_ROWS)
+    def blocks(self, order: str) -> Iterable[tuple[slice, slice]]:
+        """Query rows and KV rows of every block, in the order of that name."""
+        q, kv = _cut(self.q.shape[2], _Q_ROWS), _cut(self.k.shape[2], _KV_ROWS)
+        return ((q[i], kv[j]) for i, j in _ORDERS[order](len(q), len(kv)))
 
     def scores(self, i: slice, j: slice, scale: float) -> Tensor | None:
         """Scaled scores of a block, -inf where masked; None if all are.
@@ -82,8 +96,8 @@ class _Tile:
         return keeps & (q_pos >= 0) & (k_pos >= 0)
 
 
-def _blocks(rows: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+def _cut(rows: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def _per_kv_head(x_BHTD: Tensor, num_kv_heads: int) -> Tensor:
@@ -108,39 +122,43 @@ def _masked_attention(  # noqa: PLR0913 - the op's schema
     *,
     mask: str,
     scale: float,
+    block_order: str = "natural",
 ) -> tuple[Tensor, Tensor]:
     k_pos = _per_query_head(k_pos, q.shape[1])
     tile = _Tile(q, k, v, q_pos, k_pos, captures, _parse_mask(mask))
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=tile.dtype)
-    lse = q.new_full(q.shape[:-1], -torch.inf, dtype=tile.dtype)
-    for i in tile.q_blocks():
-        out[:, :, i], lse[:, :, i] = _attend_rows(tile, i, scale)
-    return out, lse
-
-
-def _attend_rows(tile: _Tile, i: slice, scale: float) -> tuple[Tensor, Tensor]:
-    """Online softmax of some query rows over all keys."""
-    B, H = tile.q.shape[:2]
-    G, E = tile.v.shape[1], tile.v.shape[-1]
-    rows = i.stop - i.start
-    top = tile.q.new_full((B, H, rows, 1), -torch.inf, dtype=tile.dtype)
+    top = q.new_full((*q.shape[:-1], 1), -torch.inf, dtype=tile.dtype)
     total = torch.zeros_like(top)
-    out = tile.q.new_zeros((B, H, rows, E), dtype=tile.dtype)
-    for j in tile.kv_blocks():
+    for i, j in tile.blocks(block_order):
         scores = tile.scores(i, j, scale)
-        if scores is None:
-            continue
-        new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
-        shift = new_top.masked_fill(new_top == -torch.inf, 0.0)
-        weights = torch.exp_(scores - shift)
-        shrink = torch.exp(top - shift)
-        total = total * shrink + weights.sum(-1, keepdim=True)
-        added = _per_kv_head(weights, G) @ tile.v[:, :, j].to(tile.dtype)
-        out = out * shrink + added.view_as(out)
-        top = new_top
+        if scores is not None:
+            rows = (out[:, :, i], top[:, :, i], total[:, :, i])
+            _add_keys(*rows, scores, v[:, :, j].to(tile.dtype))
     # Rows without a key: total is 0 and log gives the -inf that is meant.
-    lse = top.masked_fill(top == -torch.inf, 0.0) + total.log()
-    return out / total.masked_fill(total == 0, 1.0), lse.squeeze(-1)
+    lse = top.masked_fill_(top == -torch.inf, 0.0) + total.log()
+    return out.div_(total.masked_fill_(total == 0, 1.0)), lse.squeeze(-1)
+
+
+def _add_keys(
+    out: Tensor, top: Tensor, total: Tensor, scores: Tensor, v: Tensor
+) -> None:
+    """Online softmax: add a block of keys to the running results of some rows.
+
+    Args:
+        out: ``(B, H, i, E)``, weighted by ``exp(score - top)``; written.
+        top: ``(B, H, i, 1)``, the largest score so far; written.
+        total: ``(B, H, i, 1)``, the sum of the weights; written.
+        scores: ``(B, H, i, j)``; overwritten.
+        v: ``(B, G, j, E)``.
+    """
+    new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
+    shift = new_top.masked_fill(new_top == -torch.inf, 0.0)
+    weights = torch.exp_(scores - shift)
+    shrink = torch.exp(top - shift)
+    total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
+    added = _per_kv_head(weights, v.shape[1]) @ v
+    out.mul_(shrink).add_(added.view(out.shape))
+    top.copy_(new_top)
 
 
 def _masked_attention_backward(  # noqa: PLR0913, PLR0917 - the op's schema
@@ -156,33 +174,81 @@ def _masked_attention_backward(  # noqa: PLR0913, PLR0917 - the op's schema
     *,
     mask: str,
     scale: float,
+    block_order: str = "natural",
 ) -> tuple[Tensor, Tensor, Tensor]:
     k_pos = _per_query_head(k_pos, q.shape[1])
     tile = _Tile(q, k, v, q_pos, k_pos, captures, _parse_mask(mask))
     dq, dk, dv = (x.new_zeros(x.shape, dtype=tile.dtype) for x in (q, k, v))
     G = k.shape[1]
-    for i in tile.q_blocks():
-        q_i = _per_kv_head(q[:, :, i].to(tile.dtype), G)
+    for i, j, weights, d_scores in _score_gradients(
+        tile, grad_out, out, lse, scale=scale, block_order=block_order
+    ):
+        grad_i = _per_kv_head(grad_out[:, :, i].to(tile.dtype), G)
+        dv[:, :, j] += _per_kv_head(weights, G).mT @ grad_i
+        d_products = _per_kv_head(d_scores * scale, G)
+        dk[:, :, j] += d_products.mT @ _per_kv_head(q[:, :, i].to(tile.dtype), G)
+        added = d_products @ k[:, :, j].to(tile.dtype)
+        dq[:, :, i] += added.view(*q.shape[:2], -1, q.shape[-1])
+    return dq, dk, dv
+
+
+def _score_gradients(
+    tile: _Tile,
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    block_order: str,
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Of each block that is not masked whole: its rows, weights and score gradients."""
+    G = tile.k.shape[1]
+    for i, j in tile.blocks(block_order):
+        scores = tile.scores(i, j, scale)
+        if scores is None:
+            continue
         grad_i = grad_out[:, :, i].to(tile.dtype)
         delta = (grad_i * out[:, :, i]).sum(-1, keepdim=True)
         # A row without a key has weights exp(-inf - inf) = 0.
         lse_i = lse[:, :, i, None]
         lse_i = lse_i.masked_fill(lse_i == -torch.inf, torch.inf)
+        weights = torch.exp_(scores - lse_i)
         grad_i = _per_kv_head(grad_i, G)
-        for j in tile.kv_blocks():
-            scores = tile.scores(i, j, scale)
-            if scores is None:
-                continue
-            weights = torch.exp_(scores - lse_i)
-            dv[:, :, j] += _per_kv_head(weights, G).mT @ grad_i
-            d_weights = (grad_i @ v[:, :, j].to(tile.dtype).mT).view_as(weights)
-            d_scores = _per_kv_head(weights * (d_weights - delta) * scale, G)
-            dk[:, :, j] += d_scores.mT @ q_i
-            added = d_scores @ k[:, :, j].to(tile.dtype)
-            dq[:, :, i] += added.view(*q.shape[:2], -1, q.shape[-1])
-    return dq, dk, dv
+        d_weights = (grad_i @ tile.v[:, :, j].to(tile.dtype).mT).view_as(weights)
+        yield i, j, weights, weights * (d_weights - delta)
+
+
+def _block_gradients(  # noqa: PLR0913, PLR0917 - the op's schema
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    captures: Sequence[Tensor],
+    num_blocks: int,
+    block: int,
+    *,
+    mask: str,
+    scale: float,
+) -> Tensor:
+    assert q_pos.shape[0] == k_pos.shape[0] == 1, "blocks are of all heads' rows"
+    tile = _Tile(q, k, v, q_pos, k_pos, captures, _parse_mask(mask))
+    q_block, k_block = (x[0].clamp(min=0) // block for x in (q_pos, k_pos))
+    shape = (*q.shape[:2], num_blocks, num_blocks)
+    total = q.new_zeros(shape, dtype=tile.dtype)
+    for i, j, _, d_scores in _score_gradients(
+        tile, grad_out, out, lse, scale=scale, block_order="natural"
+    ):
+        by_key = d_scores.new_zeros((*d_scores.shape[:3], num_blocks))
+        by_key.index_add_(3, k_block[j], d_scores)
+        total.index_add_(2, q_block[i], by_key)
+    return total
 
 
 for _key in ("CPU", "CUDA"):
     ops.LIBRARY.impl("masked_attention", _masked_attention, _key)
     ops.LIBRARY.impl("masked_attention_backward", _masked_attention_backward, _key)
+    ops.LIBRARY.impl("block_gradients", _block_gradients, _key)

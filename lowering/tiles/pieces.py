@@ -1,11 +1,14 @@
 """One kernel call of a plan, to the kernel that computes it."""
 
+from functools import reduce
+
+import torch
 from torch import Tensor
 
 from ringcompile import ops
 from ringcompile.ir.schedule import Kernel, Piece
 from ringcompile.lowering.program import PartProgram, TileProgram
-from ringcompile.lowering.rows import Values, take_rows
+from ringcompile.lowering.rows import Size, Values, take_rows
 from ringcompile.lowering.tiles.dense import attend, attend_backward
 
 
@@ -33,6 +36,7 @@ def attend_piece(
         *(q, k, v, *_positions(part, tile, piece), list(part.captures)),
         mask=part.mask,
         scale=scale,
+        block_order=part.frame.plan.block_order,
     )
     return out, lse
 
@@ -64,8 +68,41 @@ def piece_gradients(
         *(*tensors, *_positions(part, tile, piece), list(part.captures)),
         mask=part.mask,
         scale=scale,
+        block_order=part.frame.plan.block_order,
     )
     return dq, dk, dv
+
+
+class BlockSums:
+    """Gradients of scores, summed over blocks of queries and keys, of one attention."""
+
+    def __init__(self, num_blocks: Size) -> None:
+        self._num_blocks = num_blocks
+        self._sums: list[Tensor] = []
+
+    def add(
+        self, part: PartProgram, tile: TileProgram, queries: Values, kv: Values
+    ) -> None:
+        """Add those of a tile; arguments as of ``piece_gradients``."""
+        plan, chunk = part.frame.plan, part.frame.chunk
+        choice = plan.schedule.parts[0].mask.choice
+        assert choice is not None, "blocks that are chosen"
+        for piece in tile.pieces:
+            assert piece.kernel is Kernel.MASKED, "the mask reads the choice"
+            grad_out, q, out, lse = (take_rows(x, piece.q, chunk) for x in queries)
+            k, v = (take_rows(x, piece.kv, chunk) for x in kv)
+            tensors = (grad_out, q, k, v, out, lse, *_positions(part, tile, piece))
+            self._sums.append(
+                ops.BLOCK_GRADIENTS(
+                    *(*tensors, list(part.captures), self._num_blocks, choice.block),
+                    mask=part.mask,
+                    scale=plan.scale,
+                )
+            )
+
+    def total(self) -> Tensor:
+        """Over all tiles, ``(B, H, num_blocks, num_blocks)``."""
+        return reduce(torch.add, self._sums)
 
 
 def _positions(

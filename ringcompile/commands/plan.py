@@ -10,6 +10,8 @@ from torch import Tensor
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.mask import Mask
 from ringcompile.ir.schedule import Schedule
+from ringcompile.patterns import AttentionSpec
+from ringcompile.patterns.picture import draw_parts
 from ringcompile.plan.check import check_schedule
 from ringcompile.plan.choose import choose_layout
 from ringcompile.plan.cost import CPU, H200, Machine, Sizes, estimate_seconds
@@ -32,7 +34,7 @@ class Question:
 
     Attributes:
         mask: the pairs that count.
-        layout: ``auto``, ``contiguous``, ``zigzag`` or ``striped``.
+        layout: ``auto``, ``contiguous``, ``zigzag``, ``striped`` or ``hilbert``.
         ranks: P.
         length: tokens S.
         sizes: of the attention.
@@ -51,12 +53,12 @@ class Question:
     def plan(self) -> tuple[Schedule, str]:
         """The schedule, and why it has its layout."""
         machine = MACHINES[self.machine]
+        parts = [(self.mask, None)]
         layout, reason = choose_layout(
-            [self.mask], self.ranks, self.length, sizes=self.sizes, machine=machine
+            [parts], self.ranks, self.length, sizes=self.sizes, machine=machine
         )
         if self.layout != "auto":
             layout, reason = Layout(self.layout, self.ranks), "as asked"
-        parts = [(self.mask, None)]
         is_even = self.length % layout.num_chunks == 0
         try:
             length = None if is_even else self.length
@@ -67,6 +69,13 @@ class Question:
             )
         check_schedule(schedule)
         return schedule, reason
+
+
+def draw_question(question: Question) -> str:
+    """Draw which keys the queries see: queries down, keys to the right."""
+    sizes = question.sizes
+    spec = AttentionSpec(sizes.num_heads, sizes.num_kv_heads, question.length)
+    return draw_parts([(question.mask, None)], spec)
 
 
 def format_plan_answer(question: Question) -> str:

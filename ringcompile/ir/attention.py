@@ -19,6 +19,8 @@ class RankPlan:
         schedule: what all ranks do.
         sources: hash of the lowering's source files (a cached graph must not survive
             their change).
+        block_order: in which order the blocks of a masked tile are computed:
+            ``natural``, query rows after query rows, or ``hilbert``, along the curve.
     """
 
     index: int
@@ -29,3 +31,4 @@ class RankPlan:
     timeout_s: float
     schedule: Schedule
     sources: str
+    block_order: str = "natural"

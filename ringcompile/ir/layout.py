@@ -2,21 +2,24 @@
 
 A layout cuts ``S`` tokens (padded to a multiple of ``cp_size * chunks_per_rank``) into
 chunks of ``c`` tokens. Each chunk a rank holds is a *run*: positions
-``start + stride * i`` for ``i < c``, where ``start`` is affine in ``c``. Invariant: the
-runs of all ranks are a permutation of the padded positions.
+``start + stride * i`` for ``i < c``, where ``start`` is affine in ``c``; but for
+``hilbert``, whose chunks are parts of a curve over one known length. Invariant: the
+positions of all ranks are a permutation of the padded positions.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ringcompile.errors import OptionError
+from ringcompile.ir.hilbert import order_tokens
 
 Edge = tuple[int, int]
 """``(chunks, rows)``: the row ``chunks * c + rows`` for chunk length ``c``."""
 
-LAYOUTS = ("contiguous", "zigzag", "striped")
+LAYOUTS = ("contiguous", "zigzag", "striped", "hilbert")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +32,18 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A named layout over ``cp_size`` ranks (SEMANTICS.md section 5).
+    """A named layout over ``cp_size`` ranks (SEMANTICS.md sections 4a and 5).
 
     Attributes:
-        name: ``contiguous``, ``zigzag`` or ``striped``.
+        name: ``contiguous``, ``zigzag``, ``striped`` or ``hilbert``.
         cp_size: number of ranks.
+        segment: of ``hilbert``, tokens that one curve goes through, so that segments
+            stay in order; None: a single curve over all.
     """
 
     name: str
     cp_size: int
+    segment: int | None = None
 
     def __post_init__(self) -> None:
         if self.name not in LAYOUTS:
@@ -48,6 +54,29 @@ class Layout:
                 instead=f"one of {', '.join(LAYOUTS)}",
             )
         assert self.cp_size >= 1, "a layout needs at least one rank"
+        if self.segment is not None and (self.has_runs or self.segment < 1):
+            raise OptionError(
+                f"layout={self.name!r} with segment={self.segment}",
+                at="options",
+                because="only hilbert has segments, of one token or more",
+                instead="leave segment out",
+            )
+
+    @classmethod
+    def parse(cls, text: str, cp_size: int) -> "Layout":
+        """Read ``key`` back."""
+        name, _, segment = text.partition("/")
+        return cls(name, cp_size, int(segment) if segment else None)
+
+    @property
+    def key(self) -> str:
+        """Name and segment in one word."""
+        return self.name if self.segment is None else f"{self.name}/{self.segment}"
+
+    @property
+    def has_runs(self) -> bool:
+        """Whether chunks are runs, the same for every length."""
+        return self.name != "hilbert"
 
     @property
     def chunks_per_rank(self) -> int:
@@ -69,6 +98,7 @@ class Layout:
 
     def runs(self, rank: int) -> tuple[Run, ...]:
         """The chunks that ``rank`` holds, in their order in its shard."""
+        assert self.has_runs, "a curve has no runs: ask for positions"
         if self.name == "zigzag":
             return (Run((rank, 0), 1), Run((2 * self.cp_size - 1 - rank, 0), 1))
         if self.name == "striped":
@@ -78,6 +108,9 @@ class Layout:
     def positions(self, rank: int, length: int) -> tuple[int, ...]:
         """Global positions of the rows of ``rank``; those >= ``length`` are padding."""
         chunk = self.chunk_size(length)
+        if not self.has_runs:
+            order = _order(self.segment, length, chunk * self.cp_size)
+            return order[rank * chunk : (rank + 1) * chunk]
         return tuple(
             run.start[0] * chunk + run.start[1] + run.stride * i
             for run in self.runs(rank)
@@ -85,9 +118,24 @@ class Layout:
         )
 
     def position_tensor(
-        self, rank: int, chunk: int, device: torch.device | str = "cpu"
+        self,
+        rank: int,
+        chunk: int,
+        device: torch.device | str = "cpu",
+        *,
+        length: int | None = None,
     ) -> Tensor:
-        """The same as an int64 tensor ``(T,)``; ``chunk`` may be symbolic."""
+        """The same as an int64 tensor ``(T,)``.
+
+        Args:
+            rank: whose rows.
+            chunk: tokens in a chunk; may be symbolic.
+            device: where it is made.
+            length: tokens S, without which a curve is not known; runs need none.
+        """
+        if not self.has_runs:
+            assert length is not None, "a curve goes through a known number of tokens"
+            return torch.tensor(self.positions(rank, length), device=device)
         rows = torch.arange(chunk * self.chunks_per_rank, device=device)
         first, *others = self.runs(rank)
         at = rows * first.stride + (first.start[0] * chunk + first.start[1])
@@ -110,4 +158,15 @@ class Layout:
         return tuple(where)
 
     def __str__(self) -> str:
-        return f"{self.name} x{self.cp_size}"
+        return f"{self.key} x{self.cp_size}"
+
+
+@lru_cache(maxsize=16)
+def _order(segment: int | None, length: int, padded: int) -> tuple[int, ...]:
+    """Positions along a curve through each segment, then the pads."""
+    size = max(1, min(segment or length, length))
+    whole, rest = divmod(length, size)
+    starts = range(0, whole * size, size)
+    order = [start + p for start in starts for p in order_tokens(size)]
+    order += [whole * size + p for p in order_tokens(rest)]
+    return (*order, *range(length, padded))

@@ -1,23 +1,23 @@
 """Masks as predicates on global positions.
 
 A mask is a sympy Boolean over ``b`` (batch), ``h`` (query head), ``q`` and ``k``
-(global positions in the user's order) and *captures*: small tensors known at run time,
-written as ``c0(b, k)``. Invariant: every atom is ``e >= 0``, ``e == 0`` or ``e != 0``
-with an integer-valued ``e`` in the normal form of ``ir.sums``, and no conjunct is
-implied by another of the same linear form, so that equal masks read alike.
+(global positions in the user's order), *captures*, small tensors known at run time and
+written as ``c0(b, k)`` (``m0(b, q, x)``: its list there has ``x`` as a member), and
+*tables* of blocks (``ir.tables``). Invariant: every atom
+is ``e >= 0``, ``e == 0`` or ``e != 0`` with an integer-valued ``e`` in the normal form
+of ``ir.sums``, and no conjunct is implied by another of the same linear form, so that
+equal masks read alike.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import lru_cache, reduce
+from functools import lru_cache
 
 import sympy
-import torch
 from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
-from torch import Tensor
 
 from ringcompile.ir.predicate_text import format_predicate
 from ringcompile.ir.sums import (
@@ -34,6 +34,8 @@ from ringcompile.ir.sums import (
 B, H, Q, K = sympy.symbols("b h q k", integer=True, nonnegative=True)
 TRUE: Boolean = sympy.true
 FALSE: Boolean = sympy.false
+TABLE_MARK = ":"
+"""In the name of every table, and of no capture."""
 
 
 class EmptyRow(Enum):
@@ -52,6 +54,30 @@ class EmptyRow(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class BlockChoice:
+    """Blocks that each row of blocks keeps by their scores (SEMANTICS.md section 3).
+
+    Made when the graph runs, it is the last capture of its mask: for each row of blocks
+    a list of key blocks, ``(B, H, num_blocks, keep)``, -1 for none.
+
+    Attributes:
+        keep: how many blocks, the own one among them.
+        block: tokens in a block.
+        is_causal: whether only earlier blocks are candidates, and a query block is
+            summed up by its first token.
+        visible: which keys have a say, a predicate over ``b`` and ``k``.
+        is_learned: whether scores ``(B, H, num_blocks, num_blocks)``, which get a
+            gradient, and which blocks have a key come as captures behind the user's.
+    """
+
+    keep: int
+    block: int
+    is_causal: bool
+    visible: Boolean
+    is_learned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Mask:
     """Which (query, key) pairs count.
 
@@ -59,11 +85,13 @@ class Mask:
         keeps: predicate over ``b, h, q, k`` and captures; true where the pair counts.
         num_captures: how many captures ``keeps`` may name (``c0`` up to).
         empty_row: what a query with no key gives.
+        choice: how the last capture comes from Q and K; None: all are the user's.
     """
 
     keeps: Boolean = TRUE
     num_captures: int = 0
     empty_row: EmptyRow = EmptyRow.ZERO
+    choice: BlockChoice | None = None
 
     def __and__(self, other: "Mask | Boolean") -> "Mask":
         """Both; the captures of ``other`` must already be numbered for this mask."""
@@ -315,6 +343,11 @@ def capture(index: int, *at: sympy.Expr) -> sympy.Expr:
     return sympy.Function(f"c{index}", integer=True)(*at)
 
 
+def is_listed(index: int, x: sympy.Expr, *at: sympy.Expr) -> Boolean:
+    """``x`` is one of the numbers that capture number ``index`` lists at ``at``."""
+    return negate(equals_zero(sympy.Function(f"m{index}", integer=True)(*at, x)))
+
+
 def causal() -> Boolean:
     """``k <= q``."""
     return at_least_zero(Q - K)
@@ -349,74 +382,20 @@ def documents(index: int) -> Boolean:
 
 def is_capture(e: sympy.Basic) -> bool:
     """Whether ``e`` reads a capture."""
-    return isinstance(e, AppliedUndef)
+    return isinstance(e, AppliedUndef) and TABLE_MARK not in e.func.__name__
 
 
 def has_captures(p: Boolean) -> bool:
     """Whether ``p`` depends on values known at run time only."""
-    return bool(p.atoms(AppliedUndef))
+    return any(map(is_capture, p.atoms(AppliedUndef)))
 
 
-# Values.
-
-_Value = Tensor | int | bool
-_OPERATORS: dict[type, Callable[[_Value, _Value], _Value]] = {
-    sympy.Add: lambda x, y: x + y,
-    sympy.Mul: lambda x, y: x * y,
-    sympy.Mod: lambda x, y: x % y,
-    sympy.And: lambda x, y: x & y,
-    sympy.Or: lambda x, y: x | y,
-    sympy.Ge: lambda x, y: x >= y,
-    sympy.Eq: lambda x, y: x == y,
-    sympy.Ne: lambda x, y: x != y,
-}
+@lru_cache(maxsize=1024)
+def table_function(name: str) -> Callable[..., sympy.Expr]:
+    """The function of a table of ``ir.tables``: 1 where a block is on, else 0."""
+    return sympy.Function(name, integer=True, nonnegative=True)  # type: ignore[no-any-return]
 
 
-def evaluate(
-    p: Boolean,
-    at: Sequence[Tensor],
-    captures: Sequence[Tensor] = (),
-) -> Tensor:
-    """Evaluate a predicate on tensors of positions.
-
-    Args:
-        p: the predicate.
-        at: int64 tensors ``(b, h, q, k)`` that broadcast against each other.
-        captures: the capture tensors, indexed by the predicate's own expressions. An
-            index past an end reads the end: the value at a pad, which is never a key
-            and whose own row nobody reads, does not matter.
-
-    Returns:
-        bool tensor of the broadcast shape (or broadcastable to it).
-    """
-    values = dict(zip((B, H, Q, K), at, strict=True))
-    result = _evaluate(p, values, captures)
-    if isinstance(result, Tensor):
-        return result
-    return at[3].new_full((), bool(result), dtype=torch.bool)
-
-
-def _evaluate(
-    e: sympy.Basic, values: dict[sympy.Symbol, Tensor], captures: Sequence[Tensor]
-) -> _Value:
-    if isinstance(e, sympy.Symbol):
-        return values[e]
-    if isinstance(e, sympy.Integer):
-        return int(e)
-    if e in {TRUE, FALSE}:
-        return bool(e)
-    if isinstance(e, sympy.floor):
-        x, n = split_floor(e)
-        return _evaluate(x, values, captures) // n
-    args = [_evaluate(a, values, captures) for a in e.args]
-    if is_capture(e):
-        return _read(captures[int(e.func.__name__[1:])], args)
-    return reduce(_OPERATORS[e.func], args)
-
-
-def _read(values: Tensor, at: Sequence[_Value]) -> Tensor:
-    index = [
-        i.clamp(0, size - 1) if isinstance(i, Tensor) else i
-        for i, size in zip(at, values.shape, strict=True)
-    ]
-    return values[tuple(index)]
+def is_table(e: sympy.Basic) -> bool:
+    """Whether ``e`` reads a table."""
+    return isinstance(e, AppliedUndef) and TABLE_MARK in e.func.__name__

@@ -67,10 +67,12 @@ def _format_sum(terms: Sequence[sympy.Expr]) -> str:
 
 
 class _Printer(StrPrinter):  # type: ignore[misc] # sympy is untyped
-    """Captures as ``c0[b, k]``, floors as ``(q // 4)``, remainders as ``(q % 4)``."""
+    """Captures and tables as ``c0[b, k]``, divisions as ``(q // 4)``, ``(q % 4)``."""
 
     def _print_AppliedUndef(self, e: sympy.Expr) -> str:  # noqa: N802 (sympy's name)
-        return f"{e.func.__name__}[{', '.join(map(self.doprint, e.args))}]"
+        # Of a table the kind: its name goes on with all that makes it.
+        name = e.func.__name__.partition(":")[0]
+        return f"{name}[{', '.join(map(self.doprint, e.args))}]"
 
     def _print_floor(self, e: sympy.Expr) -> str:
         return self._print_division("//", *split_floor(e))

@@ -31,7 +31,7 @@ class ReshardSpec:
 def format_spec(spec: ReshardSpec) -> str:
     """Write a spec as canonical text."""
     return (
-        f"layout={spec.layout.name} cp_size={spec.layout.cp_size} rank={spec.rank}"
+        f"layout={spec.layout.key} cp_size={spec.layout.cp_size} rank={spec.rank}"
         f" timeout_s={spec.timeout_s!r} sources={spec.sources} group={spec.group_name}"
     )
 
@@ -40,7 +40,7 @@ def parse_spec(text: str) -> ReshardSpec:
     """Read a spec back."""
     fields = dict(field.split("=", 1) for field in text.split(" ", 5))
     return ReshardSpec(
-        layout=Layout(fields["layout"], int(fields["cp_size"])),
+        layout=Layout.parse(fields["layout"], int(fields["cp_size"])),
         rank=int(fields["rank"]),
         group_name=fields["group"],
         timeout_s=float(fields["timeout_s"]),

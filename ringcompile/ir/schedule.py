@@ -5,8 +5,12 @@ which sends them straight to it: a step is one permutation of the ranks. Invaria
 ranks run the same steps in the same order; a rank's part in one may be empty.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import overload
+
+from torch import Tensor
 
 from ringcompile.ir.layout import Edge, Layout
 from ringcompile.ir.mask import Mask
@@ -44,6 +48,11 @@ class Rows:
         return f"{_format_edge(self.start)}:{_format_edge(self.stop)}"
 
 
+def format_runs(runs: Sequence[Rows]) -> str:
+    """Runs of rows as people read them."""
+    return ",".join(map(str, runs)) or "none"
+
+
 def _format_edge(edge: Edge) -> str:
     chunks, rows = edge
     if not chunks:
@@ -69,34 +78,52 @@ class Tile:
         coverage: how much of the tile the mask keeps.
         pieces: the kernel calls, disjoint in (q, kv) rows; none if empty. Of a part
             with a selection: one MASKED piece that stands for all selected rows.
-        needs: the KV rows of the owner that the pieces read; None if empty.
+        needs: runs of the owner's KV rows that the pieces read, in order, no two of
+            which touch; none if empty.
     """
 
     coverage: Coverage
     pieces: tuple[Piece, ...] = ()
-    needs: Rows | None = None
+    needs: tuple[Rows, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
     """Rows that take part, per query head (dilated attention).
 
-    Position ``p`` is selected for query head ``h`` iff
-    ``(p mod segment) mod rate == offsets[h]``; a head whose offset is None has no rows.
-    A KV head's rows are the union over its query heads. Rows a query may see are those
-    of its segment only, so no others travel; the part's mask says so too.
+    Position ``p`` is selected for query head ``h`` iff ``start <= p < stop`` and
+    ``((p - start) mod segment) mod rate == offsets[h]``; a head whose offset is None
+    has no rows. A KV head's rows are the union over its query heads. Rows a query may
+    see are those of its segment only, so no others travel; the part's mask says so too.
 
     Attributes:
         segment: tokens in a segment.
         rate: one row in ``rate`` is selected.
         offsets: one per query head.
         num_kv_heads: KV heads that the query heads share.
+        start: first position of the first segment.
+        stop: past the last position; None: no end.
     """
 
     segment: int
     rate: int
     offsets: tuple[int | None, ...]
     num_kv_heads: int
+    start: int = 0
+    stop: int | None = None
+
+    def covers(self, at: Tensor) -> Tensor:
+        """Which positions lie in a segment."""
+        is_behind = at >= self.start
+        return is_behind if self.stop is None else is_behind & (at < self.stop)
+
+    def segments_of(self, at: Tensor) -> Tensor:
+        """The number of each position's segment."""
+        return (at - self.start).div(self.segment, rounding_mode="floor")
+
+    def residues_of(self, at: Tensor) -> Tensor:
+        """The offset that selects each position."""
+        return (at - self.start) % self.segment % self.rate
 
     @property
     def groups(self) -> tuple[frozenset[int], ...]:
@@ -111,6 +138,50 @@ class Selection:
     def has_mixed_groups(self) -> bool:
         """Whether query heads that share a KV head select different rows."""
         return any(len(group) > 1 for group in self.groups)
+
+
+@dataclass(frozen=True, slots=True)
+class Mixing:
+    """How the outputs of parts become one: by their LSE, and then as this says.
+
+    Attributes:
+        divisor: the merged output is divided by it.
+        is_detached: whether gradients take the weights of the parts as constants. Then
+            each part's own output is saved for backward: those of its selected rows.
+    """
+
+    divisor: int = 1
+    is_detached: bool = False
+
+    def __str__(self) -> str:
+        words = [f"out / {self.divisor}"] if self.divisor > 1 else []
+        return ", ".join(words + ["detached weights"] * self.is_detached)
+
+
+PartSpec = tuple[Mask, Selection | None]
+
+
+@dataclass(frozen=True, slots=True)
+class MixedParts(Sequence[PartSpec]):
+    """Parts that are not just merged: what a plain tuple of them cannot say.
+
+    Attributes:
+        parts: a mask and the rows that take part, for each.
+        mixing: how their outputs become one.
+    """
+
+    parts: tuple[PartSpec, ...]
+    mixing: Mixing
+
+    @overload
+    def __getitem__(self, n: int) -> PartSpec: ...
+    @overload
+    def __getitem__(self, n: slice) -> tuple[PartSpec, ...]: ...
+    def __getitem__(self, n: int | slice) -> PartSpec | tuple[PartSpec, ...]:
+        return self.parts[n]
+
+    def __len__(self) -> int:
+        return len(self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +230,13 @@ class Schedule:
         layout: which positions each rank holds.
         length: tokens S; None: the schedule serves every S that needs no padding.
         parts: one for plain attention; several for dilated attention.
+        mixing: how the outputs of parts become one.
     """
 
     layout: Layout
     length: int | None
     parts: tuple[Part, ...]
+    mixing: Mixing = Mixing()
 
     @property
     def cp_size(self) -> int:
@@ -171,7 +244,9 @@ class Schedule:
         return self.layout.cp_size
 
     def __str__(self) -> str:
-        lines = [f"schedule {self.layout}"]
+        lines = [
+            " | ".join(filter(None, (f"schedule {self.layout}", str(self.mixing))))
+        ]
         for number, part in enumerate(self.parts):
             lines.append(f"  part {number}: {part.mask}")
             for step_number, step in enumerate(part.steps):

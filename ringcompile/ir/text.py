@@ -9,13 +9,27 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import sympy
+from sympy.core.function import AppliedUndef
 
 from ringcompile.ir.attention import RankPlan
 from ringcompile.ir.layout import Edge, Layout
-from ringcompile.ir.mask import FALSE, TRUE, B, EmptyRow, H, K, Mask, Q, is_capture
+from ringcompile.ir.mask import (
+    FALSE,
+    TABLE_MARK,
+    TRUE,
+    B,
+    BlockChoice,
+    EmptyRow,
+    H,
+    K,
+    Mask,
+    Q,
+    table_function,
+)
 from ringcompile.ir.schedule import (
     Coverage,
     Kernel,
+    Mixing,
     Part,
     Piece,
     Rows,
@@ -23,6 +37,7 @@ from ringcompile.ir.schedule import (
     Selection,
     Step,
     Tile,
+    format_runs,
 )
 from ringcompile.ir.sums import split_floor
 
@@ -41,6 +56,7 @@ def format_plan(plan: RankPlan) -> str:
             "timeout_s": plan.timeout_s,
             "schedule": _schedule_to_json(plan.schedule),
             "sources": plan.sources,
+            "block_order": plan.block_order,
         }
     )
 
@@ -81,17 +97,19 @@ def _dump(value: _Json) -> str:
 
 def _schedule_to_json(schedule: Schedule) -> _Json:
     return {
-        "layout": [schedule.layout.name, schedule.layout.cp_size],
+        "layout": [schedule.layout.key, schedule.layout.cp_size],
         "length": schedule.length,
+        "mixing": [schedule.mixing.divisor, schedule.mixing.is_detached],
         "parts": [_part_to_json(part) for part in schedule.parts],
     }
 
 
 def _schedule_from_json(value: _Json) -> Schedule:
     return Schedule(
-        Layout(*value["layout"]),
+        Layout.parse(*value["layout"]),
         value["length"],
         tuple(map(_part_from_json, value["parts"])),
+        Mixing(*value["mixing"]),
     )
 
 
@@ -101,7 +119,10 @@ def _part_to_json(part: Part) -> _Json:
         for stage in part.stages
     ]
     s = part.selection
-    selection = s and [s.segment, s.rate, list(s.offsets), s.num_kv_heads]
+    selection = s and [
+        *(s.segment, s.rate, list(s.offsets)),
+        *(s.num_kv_heads, s.start, s.stop),
+    ]
     return {
         "mask": _mask_to_json(part.mask),
         "selection": selection,
@@ -112,8 +133,8 @@ def _part_to_json(part: Part) -> _Json:
 def _part_from_json(value: _Json) -> Part:
     selection = value["selection"]
     if selection is not None:
-        segment, rate, offsets, num_kv_heads = selection
-        selection = Selection(segment, rate, tuple(offsets), num_kv_heads)
+        segment, rate, offsets, *rest = selection
+        selection = Selection(segment, rate, tuple(offsets), *rest)
     stages = tuple(
         tuple(Step(shift, tuple(map(_parse_tile, tiles))) for shift, *tiles in stage)
         for stage in value["stages"]
@@ -122,21 +143,31 @@ def _part_from_json(value: _Json) -> Part:
 
 
 def _mask_to_json(mask: Mask) -> _Json:
-    return [format_sexpr(mask.keeps), mask.num_captures, mask.empty_row.value]
+    record = [format_sexpr(mask.keeps), mask.num_captures, mask.empty_row.value]
+    if (choice := mask.choice) is not None:
+        visible = format_sexpr(choice.visible)
+        flags = (choice.is_causal, choice.is_learned)
+        record.append([choice.keep, choice.block, *flags, visible])
+    return record
 
 
 def _mask_from_json(value: _Json) -> Mask:
-    keeps, num_captures, empty_row = value
-    return Mask(parse_sexpr(keeps), num_captures, EmptyRow(empty_row))
+    keeps, num_captures, empty_row, *rest = value
+    choice = None
+    if rest:
+        keep, block, is_causal, is_learned, visible = rest[0]
+        visible = parse_sexpr(visible)
+        choice = BlockChoice(keep, block, is_causal, visible, is_learned)
+    return Mask(parse_sexpr(keeps), num_captures, EmptyRow(empty_row), choice)
 
 
-# Tiles: "/ needs 0:c causal 0:c 0:c".
+# Tiles: "/ needs 0:c causal 0:c 0:c"; of several runs: "needs 0:64,128:192".
 
 
 def _format_tile(tile: Tile) -> str:
     words = [tile.coverage.value]
-    if tile.needs is not None:
-        words += ["needs", str(tile.needs)]
+    if tile.needs:
+        words += ["needs", format_runs(tile.needs)]
     for piece in tile.pieces:
         words += [piece.kernel.value, str(piece.q), str(piece.kv)]
     return " ".join(words)
@@ -144,9 +175,9 @@ def _format_tile(tile: Tile) -> str:
 
 def _parse_tile(text: str) -> Tile:
     coverage, *words = text.split(" ")
-    needs = None
+    needs: tuple[Rows, ...] = ()
     if words[:1] == ["needs"]:
-        needs, words = _parse_rows(words[1]), words[2:]
+        needs, words = tuple(map(_parse_rows, words[1].split(","))), words[2:]
     pieces = tuple(
         Piece(_parse_rows(q), _parse_rows(kv), Kernel(kernel))
         for kernel, q, kv in zip(words[::3], words[1::3], words[2::3], strict=True)
@@ -193,7 +224,7 @@ def format_sexpr(e: sympy.Basic) -> str:
         assert text in _SYMBOLS or e.is_Integer, f"{e} in a mask predicate"
         return text
     args = [format_sexpr(a) for a in e.args]
-    head = e.func.__name__ if is_capture(e) else _HEADS[e.func]
+    head = e.func.__name__ if isinstance(e, AppliedUndef) else _HEADS[e.func]
     return f"({' '.join([head, *(sorted(args) if e.func in _SORTED else args)])})"
 
 
@@ -218,7 +249,9 @@ def _parse_tokens(token: str, tokens: Iterator[str]) -> sympy.Basic:
         return sympy.floor(x / n)
     if head in _BUILDERS:
         return _BUILDERS[head](*args)
-    assert head[0] == "c", f"no such operator: {head}"
+    if TABLE_MARK in head:
+        return table_function(head)(*args)
+    assert head[0] in "cm", f"no such operator: {head}"
     return sympy.Function(head, integer=True)(*args)
 
 

@@ -31,9 +31,9 @@ class Communication:
         step: number of the step, counted over all parts.
         dst: to whom this rank sends; -1 for nobody.
         src: from whom it receives; -1 for nobody.
-        sent: rows that leave, None if none: for KV of the sender's shard, for dKV of
+        sent: runs of rows that leave, if any: for KV of the sender's shard, for dKV of
             the receiver's. Of a part with a selection only selected ones travel.
-        received: rows that arrive; None if none.
+        received: runs of rows that arrive.
     """
 
     phase: Phase
@@ -41,8 +41,8 @@ class Communication:
     step: int
     dst: int
     src: int
-    sent: Rows | None
-    received: Rows | None
+    sent: tuple[Rows, ...]
+    received: tuple[Rows, ...]
 
 
 def communications(schedule: Schedule, rank: int) -> tuple[Communication, ...]:
@@ -101,8 +101,8 @@ def _take_part(turn: _Turn, cp_size: int, rank: int) -> Communication:
         turn.phase,
         turn.part,
         turn.number,
-        dst=-1 if sent is None else dst,
-        src=-1 if received is None else src,
+        dst=dst if sent else -1,
+        src=src if received else -1,
         sent=sent,
         received=received,
     )

@@ -10,7 +10,15 @@ from itertools import pairwise
 import networkx as nx
 
 from ringcompile.errors import PlanError
-from ringcompile.ir.schedule import Coverage, Kernel, Part, Rows, Schedule, Tile
+from ringcompile.ir.schedule import (
+    Coverage,
+    Kernel,
+    Part,
+    Rows,
+    Schedule,
+    Tile,
+    format_runs,
+)
 from ringcompile.plan.backward import Communication, communications
 from ringcompile.plan.check_pairs import check_pairs, checked_lengths
 
@@ -53,26 +61,32 @@ def check_steps(part: Part, cp_size: int, *, where: str) -> None:
 def check_tile(tile: Tile, chunks_per_rank: int, chunk: int, *, where: str) -> None:
     """Raise unless a tile's pieces lie in the rows it has, for one chunk length."""
     is_empty = tile.coverage is Coverage.EMPTY
-    if is_empty != (not tile.pieces) or is_empty != (tile.needs is None):
+    if is_empty != (not tile.pieces) or is_empty != (not tile.needs):
         what = f"{len(tile.pieces)} pieces in a tile of coverage {tile.coverage.name}"
         raise PlanError(what, at=where, because="a tile is empty iff it has no pieces")
     shard = Rows((0, 0), (chunks_per_rank, 0))
+    for run in tile.needs:
+        _check_within(run, (shard,), chunk, where=where)
+    for before, run in pairwise(tile.needs):
+        if before.resolve(chunk)[1] >= run.resolve(chunk)[0]:
+            what = f"needed rows {before} and {run} for chunks of {chunk}"
+            raise PlanError(what, at=where, because="runs are in order and apart")
     for piece in tile.pieces:
-        assert tile.needs is not None, "an empty tile has no pieces"
-        for rows, within in (
-            (piece.q, shard),
-            (piece.kv, tile.needs),
-            (tile.needs, shard),
-        ):
-            start, stop = rows.resolve(chunk)
-            first, end = within.resolve(chunk)
-            if not first <= start < stop <= end:
-                what = f"rows {rows} in {within} for chunks of {chunk}"
-                raise PlanError(what, at=where, because="they do not lie within")
+        _check_within(piece.q, (shard,), chunk, where=where)
+        _check_within(piece.kv, tile.needs, chunk, where=where)
         q, kv = piece.q.resolve(chunk), piece.kv.resolve(chunk)
         if piece.kernel is Kernel.CAUSAL and q[1] - q[0] != kv[1] - kv[0]:
             what = f"a causal piece of rows {piece.q} and {piece.kv}"
             raise PlanError(what, at=where, because="it is no square")
+
+
+def _check_within(rows: Rows, runs: Sequence[Rows], chunk: int, *, where: str) -> None:
+    start, stop = rows.resolve(chunk)
+    ends = [run.resolve(chunk) for run in runs]
+    if not any(first <= start < stop <= end for first, end in ends):
+        within = " or ".join(map(str, runs))
+        what = f"rows {rows} in {within} for chunks of {chunk}"
+        raise PlanError(what, at=where, because="they do not lie within")
 
 
 def check_communications(lists: Sequence[Sequence[Communication]]) -> None:
@@ -123,23 +137,24 @@ def _check_partner(
     ends = ((hop.dst, hop.sent, "send"), (hop.src, hop.received, "receive"))
     for peer, rows, verb in ends:
         where = f"rank {rank}, {hop.phase.value}, step {hop.step}"
-        if (peer < 0) != (rows is None):
-            raise PlanError(f"{verb}s {rows} with peer {peer}", at=where)
-        if rows is None:
+        if (peer < 0) != (not rows):
+            raise PlanError(f"{verb}s {format_runs(rows)} with peer {peer}", at=where)
+        if not rows:
             continue
         n = at[peer].get(_key(hop))
         other = None if n is None else lists[peer][n]
-        theirs = None
+        theirs: tuple[Rows, ...] = ()
         if other is not None:
             back, theirs = (
                 (other.src, other.received)
                 if verb == "send"
                 else (other.dst, other.sent)
             )
-            theirs = theirs if back == rank else None
+            theirs = theirs if back == rank else ()
         if theirs != rows:
+            mine, other_rows = format_runs(rows), format_runs(theirs)
             raise PlanError(
-                f"{verb}s rows {rows}, while rank {peer} has {theirs} for it",
+                f"{verb}s rows {mine}, while rank {peer} has {other_rows} for it",
                 at=where,
                 because="both ends of a hop count the same rows",
             )

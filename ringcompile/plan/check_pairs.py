@@ -15,8 +15,9 @@ from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
 from ringcompile.errors import PlanError
+from ringcompile.ir.evaluate import evaluate
 from ringcompile.ir.layout import Layout
-from ringcompile.ir.mask import FALSE, TRUE, H, evaluate, has_captures
+from ringcompile.ir.mask import FALSE, TRUE, H, has_captures
 from ringcompile.ir.schedule import Coverage, Kernel, Part, Schedule, Tile
 from ringcompile.plan.coverage import Span, find_coverage
 from ringcompile.plan.tiles import EMPTY_TILE, Strip, find_strips
@@ -72,7 +73,8 @@ def _check_pairwise(part: Part, layout: Layout, length: int, number: int) -> Non
     times = torch.zeros(length, length, dtype=torch.int8)
     unmasked = torch.zeros(length, length, dtype=torch.bool)
     chunk = layout.chunk_size(length)
-    places = [layout.position_tensor(r, chunk) for r in range(layout.cp_size)]
+    ranks = range(layout.cp_size)
+    places = [layout.position_tensor(r, chunk, length=length) for r in ranks]
     for q_rank, kv_rank, tile in _tiles(part, layout.cp_size):
         for piece in tile.pieces:
             q = places[q_rank][slice(*piece.q.resolve(chunk))]
@@ -130,7 +132,8 @@ def _check_selected(part: Part, layout: Layout, length: int, number: int) -> Non
         return
     _, may = find_kept(part.mask.keeps, length)
     at = torch.arange(length)
-    segment, residue = at // selection.segment, at % selection.segment % selection.rate
+    segment, residue = selection.segments_of(at), selection.residues_of(at)
+    residue = torch.where(selection.covers(at), residue, -1)
     offsets = {s for s in selection.offsets if s is not None}
     selected = torch.stack([residue == s for s in sorted(offsets)])
     may = may & (selected[:, :, None] & selected[:, None]).any(0)
@@ -157,13 +160,13 @@ class _Ranges:
     strips: tuple[Strip, ...]
     edges: frozenset[int]
 
-    def boxes(self) -> Iterator[tuple[int, Span]]:
+    def boxes(self) -> Iterator[tuple[int, Strip]]:
         """The first row and the positions of each range."""
         for strip in self.strips:
-            first, count = strip.row[1], strip.span.count[1]
+            first, count = strip.row[1], strip.count[1]
             inner = {e for e in self.edges if first < e < first + count}
             for start, stop in pairwise(sorted({first, *inner, first + count})):
-                yield start, strip.span.part(start - first, stop - start)
+                yield start, strip.part(start - first, stop - start)
 
 
 def _check_boxes(part: Part, layout: Layout, length: int, number: int) -> None:
@@ -180,39 +183,55 @@ def _check_boxes(part: Part, layout: Layout, length: int, number: int) -> None:
             raise _fail(f"rank {q_rank} computes padding", number)
         q_ranges = _Ranges(q_strips, frozenset(e for q, _, _ in pieces for e in q))
         kv_ranges = _Ranges(kv_strips, frozenset(e for _, kv, _ in pieces for e in kv))
-        for i, q_span in q_ranges.boxes():
-            for j, kv_span in kv_ranges.boxes():
+        for i, q_strip in q_ranges.boxes():
+            for j, kv_strip in kv_ranges.boxes():
                 within = [
                     (kernel, i - q[0], j - kv[0])
                     for q, kv, kernel in pieces
                     if q[0] <= i < q[1] and kv[0] <= j < kv[1]
                 ]
-                wrong = _find_fault(part.mask.keeps, q_span, kv_span, within)
+                wrong = _find_fault(part.mask.keeps, q_strip, kv_strip, within)
                 if wrong:
                     what = f"rank {q_rank} row {i} on, rank {kv_rank} row {j} on"
                     raise _fail(f"{what}: pairs {wrong} at S={length}", number)
 
 
 def _end(strips: tuple[Strip, ...]) -> int:
-    return max((s.row[1] + s.span.count[1] for s in strips), default=0)
+    return max((s.row[1] + s.count[1] for s in strips), default=0)
 
 
 def _find_fault(
-    p: Boolean, q: Span, kv: Span, within: list[tuple[Kernel, int, int]]
+    p: Boolean, q: Strip, kv: Strip, within: list[tuple[Kernel, int, int]]
 ) -> str:
     """What is wrong with a box that no edge cuts; nothing if empty."""
     if len(within) > 1:
         return "computed more than once"
     if not within:
-        is_empty = find_coverage(p, q, kv).coverage is Coverage.EMPTY
-        return "" if is_empty else "left out"
+        return "" if _is_empty(p, q, kv) else "left out"
     kernel, i, j = within[0]
     if kernel is Kernel.MASKED:
         return ""
     if kernel is Kernel.FULL:
-        is_full = find_coverage(p, q, kv).coverage is Coverage.FULL
+        is_full = find_coverage(p, q.span, kv.span).coverage is Coverage.FULL
         return "" if is_full else "computed though masked"
-    return "" if _is_triangle(p, q, kv, i - j) else "unlike a causal piece"
+    if q.order is None and _is_triangle(p, q.span, kv.span, i - j):
+        return ""
+    return "unlike a causal piece"
+
+
+def _is_empty(p: Boolean, q: Strip, kv: Strip) -> bool:
+    """Whether no pair counts; parts of a curve are asked about down to single rows."""
+    if find_coverage(p, q.span, kv.span).coverage is Coverage.EMPTY:
+        return True
+    sizes = [0 if s.order is None else len(s.order) for s in (q, kv)]
+    half = max(sizes) // 2
+    if not half:
+        return False
+    if sizes[0] > sizes[1]:
+        parts = (q.part(0, half), q.part(half, sizes[0] - half))
+        return all(_is_empty(p, part, kv) for part in parts)
+    parts = (kv.part(0, half), kv.part(half, sizes[1] - half))
+    return all(_is_empty(p, q, part) for part in parts)
 
 
 def _is_triangle(p: Boolean, q: Span, kv: Span, lead: int, depth: int = 4) -> bool:

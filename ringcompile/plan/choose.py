@@ -1,11 +1,15 @@
 """The layout for ``layout="auto"``: the cheapest by the cost model, and why."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.mask import Mask
+from ringcompile.ir.schedule import Selection
 from ringcompile.plan.cost import CPU, Machine, Sizes, estimate_seconds
 from ringcompile.plan.stages import build_schedule
+
+PartSpec = tuple[Mask, Selection | None]
 
 # Simplest first. striped never costs less than zigzag by more than the model's error.
 _CANDIDATES = ("contiguous", "zigzag")
@@ -13,7 +17,7 @@ _CLOSE = 0.03  # the model is no better than this; a closer call goes to the sim
 
 
 def choose_layout(
-    masks: Sequence[Mask],
+    attentions: Sequence[Sequence[PartSpec]],
     cp_size: int,
     length: int,
     *,
@@ -23,7 +27,7 @@ def choose_layout(
     """Choose one layout for all attentions of a sequence.
 
     Args:
-        masks: the mask of each attention.
+        attentions: the parts of each attention: its pattern's, masks and selections.
         cp_size: number of ranks.
         length: tokens S, or a typical S.
         sizes: sizes of the attentions; None for 32 heads of 128, 8 for KV.
@@ -35,15 +39,17 @@ def choose_layout(
     if cp_size == 1:
         return Layout("contiguous", 1), "one rank"
     sizes = sizes or Sizes()
+    counts = Counter(map(tuple, attentions))  # layers are mostly alike
     seconds = {
         name: sum(
-            estimate_seconds(
-                build_schedule([(mask, None)], Layout(name, cp_size), length),
+            number
+            * estimate_seconds(
+                build_schedule(parts, Layout(name, cp_size), length),
                 length,
                 sizes=sizes,
                 machine=machine,
             )
-            for mask in masks
+            for parts, number in counts.items()
         )
         for name in _CANDIDATES
     }

@@ -152,7 +152,9 @@ def _find_hop_seconds(
             chunks, rows = count_sent_rows(schedule, hop, rank)
             is_home = hop.phase is Phase.BACKWARD_DKV
             item_bytes = GRAD_BYTES if is_home else sizes.item_bytes
-            num_bytes = (chunks * chunk + rows) * sizes.elements_per_row * item_bytes
+            num_bytes = (
+                float(chunks * chunk + rows) * sizes.elements_per_row * item_bytes
+            )
             seconds = machine.hop_s + num_bytes / machine.link_bytes
             key = (hop.phase, hop.step)
             slowest[key] = max(seconds if num_bytes else 0.0, slowest.get(key, 0.0))

@@ -15,8 +15,9 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 from ringcompile.errors import PlanError
+from ringcompile.ir.evaluate import find_extremes
 from ringcompile.ir.layout import Edge
-from ringcompile.ir.mask import K, Q, conjuncts, disjunction
+from ringcompile.ir.mask import K, Q, conjuncts, disjunction, is_table
 from ringcompile.ir.schedule import Coverage
 from ringcompile.ir.sums import join_terms, split_floor, split_terms
 
@@ -115,12 +116,17 @@ class _Sum:
 
 @dataclass(frozen=True, slots=True)
 class _Term:
-    """``floor(x / n)``, ``Mod(x, n)``, or a value known at run time (no ``x``)."""
+    """``floor(x / n)``, ``Mod(x, n)``, or a table at the blocks ``x`` and ``y``.
+
+    Without ``x`` a value known at run time.
+    """
 
     x: _Sum | None = None
     n: int = 0
     is_floor: bool = False
     is_nonnegative: bool = False
+    table: str = ""
+    y: _Sum | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +182,9 @@ def _compile_term(t: sympy.Expr) -> _Term:
         return _Term(_compile_sum(x), n, is_floor=True)
     if isinstance(t, sympy.Mod):
         return _Term(_compile_sum(t.args[0]), int(t.args[1]))
+    if is_table(t):
+        x, y = map(_compile_sum, t.args[1:])
+        return _Term(x, table=t.func.__name__, y=y)
     return _Term(is_nonnegative=bool(t.is_nonnegative))
 
 
@@ -263,6 +272,11 @@ def _scale(n: int, x: _Value) -> _Value:
 def _term_value(t: _Term, q: Span, k: Span) -> _Value:
     if t.x is None:
         return _Value((0, 0), low=(0, 0) if t.is_nonnegative else None, high=None)
+    if t.y is not None:
+        all_on, any_on = find_extremes(
+            t.table, *(_numbers(_value(e, q, k).ends(q, k)) for e in (t.x, t.y))
+        )
+        return _Value((0, 0), low=(0, int(all_on)), high=(0, int(any_on)))
     x = _value(t.x, q, k)
     if x.is_linear and x.i % t.n == 0 and x.j % t.n == 0:
         # The whole box lies in one residue class.
@@ -276,6 +290,13 @@ def _term_value(t: _Term, q: Span, k: Span) -> _Value:
             (0, 0), low=low and _floor(low, t.n), high=high and _floor(high, t.n)
         )
     return _remainder(t.n, x, low, high)
+
+
+def _numbers(ends: tuple[Edge | None, Edge | None]) -> range:
+    low, high = ends
+    if low is None or high is None or low[0] or high[0]:
+        raise _UnknownLengthError
+    return range(low[1], high[1] + 1)
 
 
 def _remainder(n: int, x: _Value, low: Edge | None, high: Edge | None) -> _Value:

@@ -14,7 +14,7 @@ from ringcompile.ir.layout import Layout
 from ringcompile.ir.mask import TRUE, B, H, has_captures
 from ringcompile.ir.schedule import Coverage, Kernel, Part, Piece
 from ringcompile.plan.coverage import Span, find_coverage
-from ringcompile.plan.tiles import find_strips
+from ringcompile.plan.tiles import Strip, find_strips
 
 _SAMPLED_ROWS = 8
 _MAX_BOXES = 96
@@ -42,24 +42,29 @@ def count_pairs(
         return num_q * (num_q + 1) / 2
     keeps = drop_unknown(part.mask.keeps)
     kept = sum(
-        _estimate_kept(keeps, q, kv)
-        for q in _find_spans(layout, ranks[0], length, q_rows)
-        for kv in _find_spans(layout, ranks[1], length, kv_rows)
+        _estimate_kept(keeps, q.span, kv.span) * _density(q) * _density(kv)
+        for q in _find_parts(layout, ranks[0], length, q_rows)
+        for kv in _find_parts(layout, ranks[1], length, kv_rows)
     )
     return kept if part.selection is None else kept / part.selection.rate**2
 
 
-def _find_spans(
+def _find_parts(
     layout: Layout, rank: int, length: int, rows: tuple[int, int]
-) -> list[Span]:
-    """The positions of a range of rows of a shard, padding left out."""
-    spans = []
+) -> list[Strip]:
+    """A range of rows of a shard, padding left out."""
+    parts = []
     for strip in find_strips(layout, rank, length):
         first = max(rows[0] - strip.row[1], 0)
-        stop = min(rows[1] - strip.row[1], strip.span.count[1])
+        stop = min(rows[1] - strip.row[1], strip.count[1])
         if stop > first:
-            spans.append(strip.span.part(first, stop - first))
-    return spans
+            parts.append(strip.part(first, stop - first))
+    return parts
+
+
+def _density(strip: Strip) -> float:
+    """Rows for each position of its span: less than one where it is no run."""
+    return strip.count[1] / strip.span.count[1]
 
 
 @lru_cache(maxsize=1024)

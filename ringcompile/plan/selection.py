@@ -37,16 +37,17 @@ def selected_rows(
         of each KV head that lie in a segment those queries share: those that travel.
     """
     at = torch.tensor(positions)
-    taking_part = at < length
+    taking_part = (at < length) & selection.covers(at)
     heads: Sequence[frozenset[int]] = [
         frozenset(() if s is None else (s,)) for s in selection.offsets
     ]
     if for_positions is not None:
         heads = selection.groups
         readers = torch.tensor(for_positions)
-        segments = _segments(selection, readers[readers < length])
-        taking_part &= torch.isin(_segments(selection, at), segments)
-    residues = at % selection.segment % selection.rate
+        readers = readers[(readers < length) & selection.covers(readers)]
+        segments = selection.segments_of(readers)
+        taking_part &= torch.isin(selection.segments_of(at), segments)
+    residues = selection.residues_of(at)
     return tuple(
         tuple(torch.nonzero(taking_part & _is_any_of(residues, head))[:, 0].tolist())
         for head in heads
@@ -55,10 +56,6 @@ def selected_rows(
 
 def _is_any_of(values: Tensor, numbers: frozenset[int]) -> Tensor:
     return torch.isin(values, torch.tensor(sorted(numbers), dtype=values.dtype))
-
-
-def _segments(selection: Selection, at: Tensor) -> Tensor:
-    return at.div(selection.segment, rounding_mode="floor")
 
 
 def build_selected_tile(
@@ -93,7 +90,7 @@ def build_selected_tile(
     ):
         return EMPTY_TILE
     rows = Rows((0, 0), (layout.chunks_per_rank, 0))
-    return Tile(Coverage.PARTIAL, (Piece(rows, rows, Kernel.MASKED),), rows)
+    return Tile(Coverage.PARTIAL, (Piece(rows, rows, Kernel.MASKED),), (rows,))
 
 
 def _has_pair(
@@ -114,11 +111,12 @@ def _find_segments(
     selection: Selection, layout: Layout, rank: int, offset: int, *, length: int
 ) -> dict[int, Span]:
     """The hull of a shard's selected positions in each segment that has some."""
-    at = layout.position_tensor(rank, layout.chunk_size(length)).sort().values
-    residues = at % selection.segment % selection.rate
-    at = at[(residues == offset) & (at < length)]
+    chunk = layout.chunk_size(length)
+    at = layout.position_tensor(rank, chunk, length=length).sort().values
+    takes_part = (at < length) & selection.covers(at)
+    at = at[takes_part & (selection.residues_of(at) == offset)]
     segments, counts = torch.unique_consecutive(
-        _segments(selection, at), return_counts=True
+        selection.segments_of(at), return_counts=True
     )
     last = counts.cumsum(0) - 1
     first = last - counts + 1

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ringcompile.ir.mask import evaluate
+from ringcompile.ir.evaluate import evaluate
 from ringcompile.ir.schedule import Kernel, Part, Schedule, Selection, Step
 from ringcompile.plan.selection import selected_rows
 
@@ -59,15 +59,41 @@ def simulate(  # noqa: PLR0913 - one attention's tensors
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     run = _Run(schedule, q.shape[2], captures, scale)
     qs, ks, vs, grads = (run.shard(x.double()) for x in (q, k, v, grad_out))
-    out = [x.new_zeros((*x.shape[:3], v.shape[3])) for x in qs]
-    lse = [x.new_full(x.shape[:3], -torch.inf) for x in qs]
-    for work in run.works(q.shape[1], k.shape[1]):
-        work.forward(run, (qs, ks, vs), out, lse)
-    delta = [(g * o).sum(-1) for g, o in zip(grads, out, strict=True)]
+    mixing, heads = schedule.mixing, (q.shape[1], k.shape[1])
+    grads = [x / mixing.divisor for x in grads]
+    mixed, by_part = [_nothing(x, v.shape[3]) for x in qs], []
+    for part in schedule.parts:
+        own = [_nothing(x, v.shape[3]) for x in qs]
+        for work in run.works(part, *heads):
+            work.forward(run, (qs, ks, vs), own)
+        mixed = [_merge(*pair) for pair in zip(mixed, own, strict=True)]
+        by_part.append([out for out, _ in own])
+    out, lse = map(list, zip(*mixed, strict=True))
     dq, dk, dv = ([torch.zeros_like(x) for x in xs] for xs in (qs, ks, vs))
-    for work in run.works(q.shape[1], k.shape[1]):
-        work.backward(run, (qs, ks, vs, grads, lse, delta), (dq, dk, dv))
+    for part, own_out in zip(schedule.parts, by_part, strict=True):
+        read = own_out if mixing.is_detached else out
+        delta = [(g * o).sum(-1) for g, o in zip(grads, read, strict=True)]
+        for work in run.works(part, *heads):
+            work.backward(run, (qs, ks, vs, grads, lse, delta), (dq, dk, dv))
+    out = [x / mixing.divisor for x in out]
     return Simulated(*(run.unshard(xs) for xs in (out, lse, dq, dk, dv)))
+
+
+_Result = tuple[Tensor, Tensor]
+"""Out and lse of one rank's rows."""
+
+
+def _nothing(q: Tensor, value_size: int) -> _Result:
+    """What no key gives."""
+    out = q.new_zeros((*q.shape[:3], value_size))
+    return out, q.new_full(q.shape[:3], -torch.inf)
+
+
+def _merge(old: _Result, new: _Result) -> _Result:
+    """Out and lse over the keys of both."""
+    total = torch.logaddexp(old[1], new[1])
+    share, new_share = ((x[1] - _finite(total)).exp()[..., None] for x in (old, new))
+    return old[0] * share + new[0] * new_share, total
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +106,8 @@ class _Run:
     def positions(self, rank: int) -> Tensor:
         """Global positions of a rank's rows, padding included."""
         layout = self.schedule.layout
-        return layout.position_tensor(rank, layout.chunk_size(self.length))
+        chunk = layout.chunk_size(self.length)
+        return layout.position_tensor(rank, chunk, length=self.length)
 
     def shard(self, x: Tensor) -> list[Tensor]:
         """Each rank's rows; a pad holds a copy of the last token."""
@@ -93,30 +120,27 @@ class _Run:
         where = torch.tensor(self.schedule.layout.inverse(self.length))
         return torch.cat(shards, 2)[:, :, where[: self.length]]
 
-    def works(self, num_heads: int, num_kv_heads: int) -> Iterator["_Work"]:
-        """Every kernel call of every rank, step after step."""
-        for part in self.schedule.parts:
-            for step in part.steps:
-                for rank in range(self.schedule.cp_size):
-                    yield from self._works_of(
-                        part, step, rank, num_heads // num_kv_heads
-                    )
+    def works(self, part: Part, num_heads: int, num_kv_heads: int) -> Iterator["_Work"]:
+        """Every kernel call of a part on every rank, step after step."""
+        for step in part.steps:
+            for rank in range(self.schedule.cp_size):
+                yield from self._works_of(part, step, rank, num_heads // num_kv_heads)
 
     def _works_of(
         self, part: Part, step: Step, rank: int, shared: int
     ) -> Iterator["_Work"]:
         owner = (rank - step.shift) % self.schedule.cp_size
         tile = step.tiles[rank]
-        if tile.needs is None:
+        if not tile.needs:
             return
         chunk = self.schedule.layout.chunk_size(self.length)
-        arrived = tile.needs.resolve(chunk)
+        arrived = [run.resolve(chunk) for run in tile.needs]
         if part.selection is not None:
             yield from self._selected_works(part, part.selection, rank, owner, shared)
             return
         for piece in tile.pieces:
             q, kv = piece.q.resolve(chunk), piece.kv.resolve(chunk)
-            assert arrived[0] <= kv[0] < kv[1] <= arrived[1], (
+            assert any(a <= kv[0] < kv[1] <= b for a, b in arrived), (
                 "reads what did not arrive"
             )
             rows = (torch.arange(*q), torch.arange(*kv))
@@ -170,22 +194,17 @@ class _Work:
         self,
         run: _Run,
         shards: tuple[list[Tensor], ...],
-        out: list[Tensor],
-        lse: list[Tensor],
+        results: list[_Result],
     ) -> None:
-        """Merge this call's result into ``out`` and ``lse`` of the rank."""
+        """Merge this call's result into that of the rank."""
         q, k, v = shards
         scores = self._scores(run, q, k)
         new_lse = scores.logsumexp(-1)
         weights = (scores - _finite(new_lse)[..., None]).exp()
         at = self._at_q()
         new_out = weights @ self._values(v)
-        total = torch.logaddexp(lse[self.rank][at], new_lse)
-        share, new_share = (
-            (x - _finite(total)).exp()[..., None] for x in (lse[self.rank][at], new_lse)
-        )
-        out[self.rank][at] = out[self.rank][at] * share + new_out * new_share
-        lse[self.rank][at] = total
+        out, lse = results[self.rank]
+        out[at], lse[at] = _merge((out[at], lse[at]), (new_out, new_lse))
 
     def backward(
         self,
@@ -193,7 +212,11 @@ class _Work:
         saved: tuple[list[Tensor], ...],
         grads: tuple[list[Tensor], ...],
     ) -> None:
-        """Add this call's share of dq, dk and dv, with out and lse over all keys."""
+        """Add this call's share of dq, dk and dv.
+
+        ``saved``: shards of q, k, v, the gradient, lse over all keys, and its product
+        with the output whose weights pass gradients on.
+        """
         q, k, v, grad, lse, delta = saved
         dq, dk, dv = grads
         at = self._at_q()
@@ -251,8 +274,8 @@ class _Work:
         )
         s = self.part.selection
         if s is not None and self.head is not None:
-            kept = kept & (k_at % s.segment % s.rate == s.offsets[self.head])
-            kept = kept & (q_at // s.segment == k_at // s.segment)
+            kept = kept & (s.residues_of(k_at) == s.offsets[self.head])
+            kept = kept & (s.segments_of(q_at) == s.segments_of(k_at))
         return kept
 
 

@@ -9,13 +9,21 @@ from functools import lru_cache
 
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.mask import Mask
-from ringcompile.ir.schedule import Part, Schedule, Selection, Step
+from ringcompile.ir.schedule import (
+    MixedParts,
+    Mixing,
+    Part,
+    PartSpec,
+    Schedule,
+    Selection,
+    Step,
+)
 from ringcompile.plan.selection import build_selected_tile
 from ringcompile.plan.tiles import build_tile
 
 
 def build_schedule(
-    parts: Sequence[tuple[Mask, Selection | None]],
+    parts: Sequence[PartSpec],
     layout: Layout,
     length: int | None,
     *,
@@ -25,7 +33,7 @@ def build_schedule(
 
     Args:
         parts: masks and row selections whose results are merged; one for plain
-            attention.
+            attention. `MixedParts` say how else.
         layout: which positions each rank holds.
         length: tokens S; None for a schedule that serves every S that needs no padding.
         num_stages: each part's steps are grouped into at most this many stages, the own
@@ -40,7 +48,8 @@ def build_schedule(
         for mask, selection in parts
         for steps in [_build_steps(mask, selection, layout, length)]
     )
-    return Schedule(layout, length, built)
+    mixing = parts.mixing if isinstance(parts, MixedParts) else Mixing()
+    return Schedule(layout, length, built, mixing)
 
 
 @lru_cache(maxsize=256)

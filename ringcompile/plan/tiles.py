@@ -1,8 +1,10 @@
 """Tiles: which rows of a query shard meet which rows of a KV shard, and how.
 
 A tile is cut into cells of one chunk by one chunk, the predicate decides each cell, and
-equal neighbours are joined into few pieces. Invariant: a pair that the mask keeps lies
-in exactly one piece; no padded row lies in any, so a pad is never a key.
+equal neighbours are joined into few pieces. Rows in the order of a curve are no run: of
+a part of them the predicate is asked about all positions between the first and the
+last, the parts being small where the curve turns often. Invariant: a pair that the mask
+keeps lies in exactly one piece; no padded row lies in any, so a pad is never a key.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,34 +15,53 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 from ringcompile.ir.layout import Edge, Layout
-from ringcompile.ir.mask import Mask, causal
+from ringcompile.ir.mask import TRUE, Mask, causal, has_captures
 from ringcompile.ir.schedule import Coverage, Kernel, Piece, Rows, Tile
-from ringcompile.ir.sums import split_terms
-from ringcompile.plan.coverage import Span, find_coverage
+from ringcompile.ir.sums import split_floor, split_terms
+from ringcompile.plan.coverage import DependsOnLength, Span, find_coverage
 
 EMPTY_TILE = Tile(Coverage.EMPTY)
+_GRAIN, _LEAST_GRAIN = 64, 8
+_STRIPS = 4  # of a shard without runs: more would be more kernel calls
+_MOST_RUNS = 32  # of KV rows that a strip without runs is cut into
 
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """The real rows of one chunk of a shard.
+    """The real rows of one chunk of a shard, or of a part of it.
 
     Attributes:
         row: the shard's row of its first position.
-        span: its positions.
+        span: its positions; without a run all from the least to the greatest.
+        order: without a run, the position of each row.
     """
 
     row: Edge
     span: Span
+    order: tuple[int, ...] | None = None
+
+    @classmethod
+    def of_order(cls, row: Edge, order: tuple[int, ...]) -> "Strip":
+        """A strip of positions that are no run."""
+        least, greatest = min(order), max(order)
+        return cls(row, Span((0, least), 1, (0, greatest - least + 1)), order)
+
+    @property
+    def count(self) -> Edge:
+        """How many rows it has."""
+        return self.span.count if self.order is None else (0, len(self.order))
 
     @property
     def rows(self) -> Rows:
         """Its rows in the shard."""
-        return Rows(self.row, _add(self.row, self.span.count))
+        return Rows(self.row, _add(self.row, self.count))
 
     def part(self, first: int, count: int) -> "Strip":
         """The ``count`` rows from the ``first``-th on."""
-        return Strip(_add(self.row, (0, first)), self.span.part(first, count))
+        row = _add(self.row, (0, first))
+        if self.order is not None:
+            return Strip.of_order(row, self.order[first : first + count])
+        return Strip(row, self.span.part(first, count))
 
 
 @lru_cache(maxsize=4096)
@@ -52,7 +73,12 @@ def find_strips(layout: Layout, rank: int, length: int | None) -> tuple[Strip, .
         rank: whose shard.
         length: tokens S, then all edges are ``(0, rows)``; None for any that needs no
             padding.
+
+    Raises:
+        DependsOnLength: ``length`` is None and the layout has no runs.
     """
+    if not layout.has_runs:
+        return _find_order_strips(layout, rank, length)
     runs = layout.runs(rank)
     if length is None:
         return tuple(
@@ -69,6 +95,19 @@ def find_strips(layout: Layout, rank: int, length: int | None) -> tuple[Strip, .
                 Strip((0, i * chunk), Span((0, start), run.stride, (0, count)))
             )
     return tuple(strips)
+
+
+def _find_order_strips(
+    layout: Layout, rank: int, length: int | None
+) -> tuple[Strip, ...]:
+    """Equal parts of a shard along its curve: parts of it lie close together."""
+    if length is None:
+        msg = f"rows in {layout.name} order"
+        raise DependsOnLength(msg)
+    order = tuple(p for p in layout.positions(rank, length) if p < length)
+    size = max(-(-layout.chunk_size(length) // _STRIPS), _LEAST_GRAIN)
+    starts = range(0, len(order), size)
+    return tuple(Strip.of_order((0, n), order[n : n + size]) for n in starts)
 
 
 @lru_cache(maxsize=65536)
@@ -91,14 +130,12 @@ def build_tile(
     kv = find_strips(layout, kv_rank, length)
     if not q or not kv:
         return EMPTY_TILE
-    pieces = _whole_causal(mask.keeps, q, kv) if q_rank == kv_rank else None
+    pieces = None
+    if layout.has_runs and q_rank == kv_rank:
+        pieces = _whole_causal(mask.keeps, q, kv)
     if pieces is None:
-        cells = [
-            cell
-            for q_strip in q
-            for kv_strip in kv
-            for cell in _cut_cell(mask.keeps, q_strip, kv_strip, length)
-        ]
+        cut = _cut_runs if layout.has_runs else _cut_curves
+        cells = list(cut(mask.keeps, q, kv, length))
         pieces = tuple(_join(_join(cells, along_kv=True), along_kv=False))
     if not pieces:
         return EMPTY_TILE
@@ -112,7 +149,7 @@ def build_tile(
             Piece(_in_chunks(p.q, chunk), _in_chunks(p.kv, chunk), p.kernel)
             for p in pieces
         ),
-        _in_chunks(_hull([p.kv for p in pieces]), chunk),
+        tuple(_in_chunks(rows, chunk) for rows in _find_needs(pieces, length)),
     )
 
 
@@ -137,6 +174,36 @@ def _whole_causal(
     return (Piece(rows, rows, Kernel.FULL if is_one_row else Kernel.CAUSAL),)
 
 
+def _cut_curves(
+    keeps: Boolean, q: Sequence[Strip], kv: Sequence[Strip], _length: int | None
+) -> Iterator[Piece]:
+    """The pieces of all cells of strips without runs.
+
+    Queries that see a part of a KV strip share the runs of it, so that pieces join.
+    """
+    for kv_strip in kv:
+        undecided = []
+        for q_strip in q:
+            coverage = find_coverage(keeps, q_strip.span, kv_strip.span).coverage
+            if coverage is Coverage.FULL:
+                yield Piece(q_strip.rows, kv_strip.rows, Kernel.FULL)
+            elif coverage is Coverage.PARTIAL:
+                undecided.append(q_strip)
+        spans = [strip.span for strip in undecided]
+        for run in _find_runs(_drop_captures(keeps), spans, kv_strip):
+            rows = kv_strip.part(*run).rows
+            yield from (Piece(s.rows, rows, Kernel.MASKED) for s in undecided)
+
+
+def _cut_runs(
+    keeps: Boolean, q: Sequence[Strip], kv: Sequence[Strip], length: int | None
+) -> Iterator[Piece]:
+    """The pieces of all cells of strips that are runs."""
+    for q_strip in q:
+        for kv_strip in kv:
+            yield from _cut_cell(keeps, q_strip, kv_strip, length)
+
+
 def _cut_cell(
     keeps: Boolean, q: Strip, kv: Strip, length: int | None
 ) -> Iterator[Piece]:
@@ -151,9 +218,12 @@ def _cut_cell(
     if lag is not None:
         yield from _cut_causal(q, kv, lag)
         return
-    if length is not None:
-        q, kv = _trim(keeps, q, kv)
-    yield Piece(q.rows, kv.rows, Kernel.MASKED)
+    if length is None:
+        yield Piece(q.rows, kv.rows, Kernel.MASKED)
+        return
+    q, kv = _trim(keeps, q, kv)
+    for first, count in _find_runs(_drop_captures(keeps), [q.span], kv):
+        yield Piece(q.rows, kv.part(first, count).rows, Kernel.MASKED)
 
 
 def _causal_lag(undecided: tuple[Boolean, ...], q: Span, kv: Span) -> int | None:
@@ -214,6 +284,57 @@ def _find_needed(total: int, is_empty: Callable[[int, int], bool]) -> tuple[int,
     return head, total - head - tail
 
 
+def _find_runs(
+    keeps: Boolean, queries: Sequence[Span], kv: Strip
+) -> list[tuple[int, int]]:
+    """``(first, count)`` of runs of KV rows outside of which no query sees any."""
+    grain = _find_grain(keeps)
+    runs: list[tuple[int, int]] = []
+    boxes = [(0, kv.count[1])]
+    while boxes:
+        first, count = boxes.pop()
+        part = kv.part(first, count).span
+        found = {find_coverage(keeps, q, part).coverage for q in queries}
+        half = _find_middle(kv, first, count, grain)
+        if Coverage.FULL not in found and Coverage.PARTIAL in found and half:
+            boxes += [(first + half, count - half), (first, half)]
+        elif found - {Coverage.EMPTY}:
+            if runs and sum(runs[-1]) == first:
+                first, count = runs[-1][0], runs.pop()[1] + count
+            runs.append((first, count))
+    return runs
+
+
+@lru_cache(maxsize=1024)
+def _find_grain(keeps: Boolean) -> int:
+    """Tokens in the blocks that a mask is made of; 64 where it has none."""
+    sizes = [split_floor(f)[1] for f in keeps.atoms(sympy.floor)]
+    return max(_LEAST_GRAIN, min([n for n in sizes if n > 1], default=_GRAIN))
+
+
+def _find_middle(kv: Strip, first: int, count: int, grain: int) -> int:
+    """Rows before the border of blocks that is nearest to the middle; 0: none is."""
+    if kv.order is not None:
+        least = max(_LEAST_GRAIN, len(kv.order) // _MOST_RUNS)
+        return count // 2 if count > least else 0
+    stride = kv.span.stride
+    start = kv.span.start[1] + first * stride
+    border = (start + count * stride // 2 + grain // 2) // grain * grain
+    for at in (border, border - grain, border + grain):
+        rows = -(-(at - start) // stride)
+        if 0 < rows < count:
+            return rows
+    return 0
+
+
+@lru_cache(maxsize=1024)
+def _drop_captures(p: Boolean) -> Boolean:
+    """``p`` where whatever captures decide is true: blocks are known before a run."""
+    if isinstance(p, (sympy.And, sympy.Or)):
+        return p.func(*map(_drop_captures, p.args))
+    return TRUE if has_captures(p) else p
+
+
 def _join(pieces: Sequence[Piece], *, along_kv: bool) -> list[Piece]:
     """Join pieces that touch along one axis and are equal in all else."""
     joined: list[Piece] = []
@@ -253,6 +374,20 @@ def _hull(rows: Sequence[Rows]) -> Rows:
         min((r.start for r in rows), key=_at_two),
         max((r.stop for r in rows), key=_at_two),
     )
+
+
+def _find_needs(pieces: Sequence[Piece], length: int | None) -> list[Rows]:
+    """Runs of the KV rows that pieces read; all as one where the length is open."""
+    rows = [p.kv for p in pieces]
+    if length is None:
+        return [_hull(rows)]
+    runs: list[Rows] = []
+    for run in sorted(rows, key=lambda r: _at_two(r.start)):
+        if runs and _at_two(run.start) <= _at_two(runs[-1].stop):
+            runs[-1] = _hull([runs[-1], run])
+        else:
+            runs.append(run)
+    return runs
 
 
 def _in_chunks(rows: Rows, chunk: int | None) -> Rows:

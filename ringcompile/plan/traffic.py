@@ -5,11 +5,12 @@ Invariant: what a rank is said to send, its peers are said to receive.
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 
 import sympy
 
-from ringcompile.ir.layout import Edge, Layout
+from ringcompile.ir.layout import Layout
 from ringcompile.ir.schedule import Schedule, Selection
 from ringcompile.plan.backward import Communication, Phase, communications
 from ringcompile.plan.selection import selected_rows
@@ -50,7 +51,7 @@ def _bytes_of(schedule: Schedule, rank: int) -> Traffic:
         chunk = sympy.Integer(schedule.layout.chunk_size(schedule.length))
     for hop in communications(schedule, rank):
         chunks, rows = count_sent_rows(schedule, hop, rank)
-        totals[hop.phase] += chunks * chunk + rows
+        totals[hop.phase] += chunks * chunk + sympy.Rational(rows)
     per_row = BATCH * KV_HEADS * (HEAD_SIZE + VALUE_SIZE)
     backward = totals[Phase.BACKWARD_KV] * ITEM_BYTES
     backward += totals[Phase.BACKWARD_DKV] * GRAD_BYTES
@@ -60,10 +61,15 @@ def _bytes_of(schedule: Schedule, rank: int) -> Traffic:
     )
 
 
-def count_sent_rows(schedule: Schedule, hop: Communication, rank: int) -> Edge:
-    """Rows per KV head that ``rank`` sends in one hop, affine in the chunk length."""
-    if hop.sent is None:
-        return 0, 0
+def count_sent_rows(
+    schedule: Schedule, hop: Communication, rank: int
+) -> tuple[int, Fraction]:
+    """Rows per KV head that ``rank`` sends in one hop, affine in the chunk length.
+
+    KV heads that select different numbers of rows send their own, here on average.
+    """
+    if not hop.sent:
+        return 0, Fraction(0)
     selection = schedule.parts[hop.part].selection
     if selection is not None:
         is_home = hop.phase is Phase.BACKWARD_DKV
@@ -71,19 +77,19 @@ def count_sent_rows(schedule: Schedule, hop: Communication, rank: int) -> Edge:
         assert schedule.length is not None, "selected rows are those of one length"
         ends = (owner, reader, schedule.length)
         return 0, _count_selected(selection, schedule.layout, *ends)
-    (a, b), (c, d) = hop.sent.start, hop.sent.stop
-    return c - a, d - b
+    edges = [(rows.start, rows.stop) for rows in hop.sent]
+    chunks, rows = (sum(stop[i] - start[i] for start, stop in edges) for i in (0, 1))
+    return chunks, Fraction(rows)
 
 
 @lru_cache(maxsize=4096)
 def _count_selected(
     selection: Selection, layout: Layout, owner: int, reader: int, length: int
-) -> int:
-    """The most that any KV head has: the others are filled up to it."""
+) -> Fraction:
     rows = selected_rows(
         selection,
         layout.positions(owner, length),
         length=length,
         for_positions=layout.positions(reader, length),
     )
-    return max(1, *map(len, rows))
+    return Fraction(sum(map(len, rows)), len(rows))

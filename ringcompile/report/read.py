@@ -62,7 +62,7 @@ class GraphReader:
         texts = _format_passes(made)
         schedules = tuple(_read_schedules(made))
         return GraphReport(
-            attentions=tuple(_read_attentions(made, self._pattern, self.world_size)),
+            attentions=tuple(_read_attentions(made, self.world_size)),
             gathers=tuple(_read_gathers(made)),
             schedules=schedules,
             traffic=_sum_traffic(schedules, trial, self.world_size),
@@ -89,10 +89,6 @@ class GraphReader:
         is_cut = made.attentions and self.world_size > 1
         return run_trial(made.gm, self.world_size) if is_cut else Trial()
 
-    @property
-    def _pattern(self) -> str:
-        return str(self.options.attention)
-
 
 def _format_passes(made: Rewritten) -> dict[str, str]:
     """The texts of all passes; the last has shapes, which are known by now."""
@@ -103,9 +99,7 @@ def _format_passes(made: Rewritten) -> dict[str, str]:
 # ---- attentions ----------------------------------------------------------------------
 
 
-def _read_attentions(
-    made: Rewritten, pattern: str, world_size: int
-) -> Iterator[AttentionReport]:
+def _read_attentions(made: Rewritten, world_size: int) -> Iterator[AttentionReport]:
     """In the order of the graph."""
     order = {line.split()[0].rstrip(":"): n for n, line in _lines(made.texts["shadow"])}
     found: list[tuple[Node, PlannedAttention | Refusal]] = [
@@ -117,7 +111,7 @@ def _read_attentions(
         if isinstance(attention, Refusal):
             yield _read_refusal(node, attention)
         else:
-            yield _read_planned(node, attention, pattern, is_cut=world_size > 1)
+            yield _read_planned(node, attention, is_cut=world_size > 1)
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
@@ -125,9 +119,9 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _read_planned(
-    node: Node, attention: PlannedAttention, pattern: str, *, is_cut: bool
+    node: Node, attention: PlannedAttention, *, is_cut: bool
 ) -> AttentionReport:
-    place = find_place(node)
+    place, pattern = find_place(node), str(attention.pattern)
     is_dense = not is_cut and pattern == "exact"
     return AttentionReport(
         name=place.module or node.name,
@@ -230,6 +224,7 @@ def _read_memory(made: Rewritten, trial: Trial) -> Memory:
 
 
 def _read_notes(made: Rewritten) -> Iterator[str]:
+    yield from made.notes
     numbers = find_cache_outputs([a.region for a in made.attentions])
     if numbers:
         yield f"outputs {', '.join(map(str, numbers))}: {CACHE_ADVICE}"

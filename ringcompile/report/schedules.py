@@ -1,6 +1,7 @@
 """A schedule as people read it: drawn, and with the bytes that each step moves."""
 
 from collections.abc import Iterator
+from fractions import Fraction
 from itertools import accumulate
 
 from ringcompile.ir.schedule import Schedule
@@ -27,9 +28,9 @@ def read_steps(
         yield StepReport(
             part=part,
             step=step - firsts[part],
-            forward_bytes=tuple(rows * kv_bytes for rows in kv),
+            forward_bytes=tuple(int(rows * kv_bytes) for rows in kv),
             backward_bytes=tuple(
-                rows * kv_bytes + home * dkv_bytes
+                int(rows * kv_bytes + home * dkv_bytes)
                 for rows, home in zip(kv_again, dkv, strict=True)
             ),
         )
@@ -37,10 +38,10 @@ def read_steps(
 
 def _count_rows(
     schedule: Schedule, length: int
-) -> dict[tuple[Phase, int, int], list[int]]:
-    """Rows that each rank sends, by phase, step over all parts, and part."""
+) -> dict[tuple[Phase, int, int], list[Fraction]]:
+    """Rows per KV head that each rank sends, by phase, step and part."""
     chunk = schedule.layout.chunk_size(length)
-    sent: dict[tuple[Phase, int, int], list[int]] = {}
+    sent: dict[tuple[Phase, int, int], list[Fraction]] = {}
     for rank in range(schedule.cp_size):
         for hop in communications(schedule, rank):
             chunks, rows = count_sent_rows(schedule, hop, rank)

@@ -1,0 +1,78 @@
+"""Blocks chosen by their content, anew in every run (SEMANTICS.md section 3)."""
+
+from dataclasses import dataclass, replace
+
+import sympy
+from torch import nn
+
+from ringcompile.errors import OptionError
+from ringcompile.ir.mask import (
+    B,
+    BlockChoice,
+    H,
+    K,
+    Mask,
+    Q,
+    conjunction,
+    conjuncts,
+    is_listed,
+)
+from ringcompile.patterns.base import (
+    AttentionSpec,
+    Parts,
+    require_positive,
+    without_mean,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Adaptive:
+    """Each block of queries sees its own block and those whose keys fit it best.
+
+    The score of a block is ``scale * <q, k>``: k the mean of K over the block's visible
+    tokens, q the mean of Q over the query block or, under a causal mask, the Q of its
+    first token. K and V move as in the dense ring: which tiles are needed is known only
+    when it runs.
+
+    Attributes:
+        keep: blocks that each row of blocks keeps, its own among them.
+        scorer: a module that gives the scores instead. It is called with the q and the
+            k above, ``(B, H, num_blocks, D)`` each, without a gradient, and returns
+            ``(B, H, num_blocks, num_blocks)``. Its parameters learn: on kept blocks
+            the log-softmax of the scores over the candidates adds to the gradient of
+            attention's scores, and not to their value. None: no gradient.
+        block: tokens in a block.
+    """
+
+    keep: int
+    scorer: nn.Module | None = None
+    block: int = 64
+
+    def __post_init__(self) -> None:
+        require_positive("Adaptive", keep=self.keep, block=self.block)
+        if self.scorer is not None and not isinstance(self.scorer, nn.Module):
+            raise OptionError(
+                f"scorer={self.scorer!r}",
+                at="Adaptive",
+                because="it is no torch.nn.Module, so nothing of it could learn",
+                instead="a module, or scorer=None for <q, k>",
+            )
+
+    def build_parts(self, mask: Mask, spec: AttentionSpec) -> Parts:
+        """One part, whose mask reads the choice as its last capture."""
+        if mask.choice is not None:
+            raise OptionError(
+                f"two patterns that choose {mask.choice.keep} and {self.keep} blocks",
+                at="Adaptive",
+                because="an attention has one choice of blocks",
+                instead="one of the two, or the other as a fixed layout",
+            )
+        is_learned = self.scorer is not None
+        number = mask.num_captures + (2 if is_learned else 0)
+        i, j = sympy.floor(Q / self.block), sympy.floor(K / self.block)
+        visible = (p for p in conjuncts(mask.keeps) if not p.has(Q, H))
+        choice = BlockChoice(
+            self.keep, self.block, spec.is_causal, conjunction(*visible), is_learned
+        )
+        chosen = replace(without_mean(mask), num_captures=number + 1, choice=choice)
+        return ((chosen & is_listed(number, j, B, H, i), None),)
