@@ -231,6 +231,14 @@ def test_private_torch_is_in_one_file() -> None:
     assert find_private_torch(MODULES) == []
 
 
+def test_examples_use_what_users_have() -> None:
+    files = sorted((ROOT / "examples").glob("*.py"))
+    examples = [Module(p.stem, p, ast.parse(p.read_text())) for p in files]
+    own = {use.name for x in examples for use in own_imports(x)}
+    assert own <= {"ringcompile", "ringcompile.patterns"}
+    assert find_private_torch(examples) == []
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -284,7 +292,10 @@ def test_environment_is_read_in_one_file() -> None:
 
 
 def test_files_are_short() -> None:
-    files = [m.path for m in MODULES] + sorted((ROOT / "tests").rglob("*.py"))
+    files = [m.path for m in MODULES]
+    files += [
+        p for f in ("tests", "examples") for p in sorted((ROOT / f).rglob("*.py"))
+    ]
     sizes = {str(f.relative_to(ROOT)): f.read_text().count("\n") for f in files}
     assert {name: n for name, n in sizes.items() if n >= MAX_LINES} == {}
 
@@ -332,7 +343,7 @@ def test_root_folders_have_one_name(name: str) -> None:
 def test_no_backups_of_expected_texts() -> None:
     found = [
         str(path.relative_to(ROOT))
-        for folder in ("ringcompile", "passes", "lowering", "tests")
+        for folder in ("ringcompile", "passes", "lowering", "tests", "examples")
         for path in (ROOT / folder).rglob("*.bak")
     ]
     assert found == []

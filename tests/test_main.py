@@ -35,6 +35,17 @@ schedule zigzag x2
     )
 
 
+def test_plan_draws_the_mask(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--mask", "causal and window(3)", "--ranks", "2", "--seq", "16"]
+    assert main(["plan", "--picture", *asked]) == 0
+    picture, _, rest = capsys.readouterr().out.partition("schedule")
+    rows = picture.splitlines()
+    assert rows == [
+        "".join("#" if 0 <= q - k <= 3 else "." for k in range(16)) for q in range(16)
+    ]
+    assert "part 0: " in rest
+
+
 def test_a_window_talks_to_one_neighbour(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--mask", "causal and window(100)", "--layout", "contiguous"]
     assert main(["plan", *asked, "--ranks", "4", "--seq", "4096"]) == 0
@@ -46,7 +57,9 @@ def test_a_window_talks_to_one_neighbour(capsys: pytest.CaptureFixture[str]) -> 
     ]
 
 
-@pytest.mark.parametrize("layout", ["auto", "contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize(
+    "layout", ["auto", "contiguous", "zigzag", "striped", "hilbert"]
+)
 @pytest.mark.parametrize("mask", ["all", "causal", "not chunked(7) or window(3, 2)"])
 def test_simulate_agrees_with_the_reference(
     mask: str, layout: str, capsys: pytest.CaptureFixture[str]
@@ -141,7 +154,6 @@ def test_without_an_entry_point_the_import_registers() -> None:
         import torch
         import ringcompile
         assert "ring" in torch.compiler.list_backends()
-        f = torch.compile(lambda x: x + 1, backend="ring")
-        assert torch.equal(f(torch.ones(2)), torch.full((2,), 2.0))
+        torch.compile(lambda x: x + 1, backend="ring")  # finds the backend, or raises
     """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

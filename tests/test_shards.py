@@ -10,16 +10,18 @@ from ringcompile import OptionError, shard, unshard
 LENGTH = 11
 
 
-def there_and_back(group: ProcessGroup, rank: int, layout: str) -> list[float]:
+def there_and_back(
+    group: ProcessGroup, rank: int, layout: str, segment: int | None = None
+) -> list[float]:
     x = torch.arange(2.0 * LENGTH * 3).view(2, LENGTH, 3).requires_grad_()
-    rows = shard(x, 1, group, layout=layout)
-    whole = unshard(rows, -2, group, layout=layout, length=LENGTH)
+    rows = shard(x, 1, group, layout=layout, segment=segment)
+    whole = unshard(rows, -2, group, layout=layout, segment=segment, length=LENGTH)
     assert torch.equal(whole, x)
     weights = torch.randn(whole.shape, generator=torch.Generator().manual_seed(0))
     (grad,) = torch.autograd.grad((whole * weights).sum(), x)
     assert torch.equal(grad, weights)
     with pytest.raises(OptionError, match="are no such sequence"):
-        unshard(rows, 1, group, layout=layout, length=4 * LENGTH)
+        unshard(rows, 1, group, layout=layout, segment=segment, length=4 * LENGTH)
     return (rows[0, :, 0] / 3).tolist()
 
 
@@ -36,6 +38,17 @@ def test_ranks_hold_their_rows_and_join_them(ranks: RankPool) -> None:
     }
 
 
+def test_ranks_hold_their_parts_of_a_curve(ranks: RankPool) -> None:
+    assert ranks.run(there_and_back, "hilbert", world_size=2) == [
+        [0, 1, 5, 4, 8, 9],
+        [10, 7, 6, 2, 3, 10],
+    ]
+    assert ranks.run(there_and_back, "hilbert", 4, world_size=2) == [
+        [0, 2, 3, 1, 4, 6],
+        [7, 5, 8, 10, 9, 10],
+    ]
+
+
 def test_one_rank_keeps_the_tensor() -> None:
     x = torch.ones(3, 2)
     assert shard(x, 0, layout="zigzag") is x or torch.equal(
@@ -49,3 +62,5 @@ def test_wrong_arguments_are_named() -> None:
         shard(torch.ones(3), 0, layout="zigzga")
     with pytest.raises(OptionError, match="dim=1"):
         shard(torch.ones(3), 1, layout="zigzag")
+    with pytest.raises(OptionError, match="only hilbert has segments"):
+        shard(torch.ones(3), 0, layout="zigzag", segment=2)

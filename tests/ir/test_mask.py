@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from support.masks import captures, positions, predicates
 from sympy import floor
 
+from ringcompile.ir.evaluate import evaluate
 from ringcompile.ir.mask import (
     FALSE,
     TRUE,
@@ -28,7 +29,6 @@ from ringcompile.ir.mask import (
     disjunction,
     documents,
     equals_zero,
-    evaluate,
     has_captures,
     key_padding,
     negate,

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringcompile.ir.mask import K, Q, evaluate
+from ringcompile.ir.evaluate import evaluate
+from ringcompile.ir.mask import K, Q
 from ringcompile.ir.sums import (
     canonical_sum,
     find_bounds,

@@ -10,7 +10,7 @@ from support.masks import layouts, masks
 from ringcompile.ir.attention import RankPlan
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.mask import EmptyRow, Mask, Q, at_least_zero, causal, documents
-from ringcompile.ir.schedule import Schedule, Selection
+from ringcompile.ir.schedule import MixedParts, Mixing, Schedule, Selection
 from ringcompile.ir.text import (
     format_mask,
     format_plan,
@@ -23,6 +23,7 @@ from ringcompile.ir.text import (
 )
 from ringcompile.plan.stages import build_schedule
 
+MIXINGS = st.builds(Mixing, st.integers(1, 5), st.booleans())
 SELECTIONS = st.sampled_from([None, Selection(6, 2, (0, 1, None, 0), 2)])
 
 
@@ -40,11 +41,17 @@ def plan_of(schedule: Schedule, name: str = "layer") -> RankPlan:
 
 
 @settings(deadline=None, max_examples=25)
-@given(masks, SELECTIONS, layouts(4), st.integers(1, 30), st.text())
+@given(masks, SELECTIONS, layouts(4), st.integers(1, 30), st.text(), MIXINGS)
 def test_a_plan_comes_back_from_its_text(
-    mask: Mask, selection: Selection | None, layout: Layout, length: int, name: str
+    mask: Mask,
+    selection: Selection | None,
+    layout: Layout,
+    length: int,
+    name: str,
+    mixing: Mixing,
 ) -> None:
-    plan = plan_of(build_schedule([(mask, selection)], layout, length), name)
+    parts = MixedParts(((mask, selection),), mixing)
+    plan = plan_of(build_schedule(parts, layout, length), name)
     text = format_plan(plan)
     assert text.isascii()
     assert parse_plan(text) == plan
@@ -75,7 +82,8 @@ def test_the_text_of_a_plan() -> None:
     assert_expected_inline(
         text.replace(",", ",\n"),
         """\
-{"group_name":"0",
+{"block_order":"natural",
+"group_name":"0",
 "index":3,
 "name":"layer",
 "rank":0,
@@ -83,6 +91,8 @@ def test_the_text_of_a_plan() -> None:
 "schedule":{"layout":["striped",
 2],
 "length":7,
+"mixing":[1,
+false],
 "parts":[{"mask":["(and (== (+ (* (c0 b q) -1) (c0 b k)) 0) (>= (+ (* -1 k) q) 0))",
 1,
 "zero"],
@@ -100,7 +110,9 @@ def test_the_text_of_a_plan() -> None:
 2,
 [0,
 1],
-1],
+1,
+0,
+null],
 "stages":[[[0,
 "/ needs 0:c masked 0:c 0:c",
 "/ needs 0:c masked 0:c 0:c"]]]}]},

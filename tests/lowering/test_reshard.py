@@ -18,7 +18,7 @@ from ringcompile.lowering.inductor import inductor_patches
 from ringcompile.torch_private import compile_with_inductor
 
 B, D, WORDS = 2, 4, 11
-LAYOUTS = ("contiguous", "zigzag", "striped")
+LAYOUTS = ("contiguous", "zigzag", "striped", "hilbert")
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,9 @@ def test_gradients_are_those_of_eager(ranks: RankPool, world_size: int) -> None:
     )
 
 
+@pytest.mark.slow
 def test_compiled_gradients_are_those_of_eager(ranks: RankPool) -> None:
-    check(ranks, 2, [Case("zigzag", 17, compiles=True)])
+    check(ranks, 2, [Case(n, 17, compiles=True) for n in ("zigzag", "hilbert")])
 
 
 # ---- one op at a time ----------------------------------------------------------------
@@ -197,5 +198,6 @@ def test_partial_gradients_are_summed_in_float32(ranks: RankPool) -> None:
 
 
 def test_specs_are_read_back() -> None:
-    spec = ReshardSpec(Layout("zigzag", 4), 3, "a group = x", 600.0, "abc")
-    assert parse_spec(format_spec(spec)) == spec
+    for layout in (Layout("zigzag", 4), Layout("hilbert", 4, 24)):
+        spec = ReshardSpec(layout, 3, "a group = x", 600.0, "abc")
+        assert parse_spec(format_spec(spec)) == spec

@@ -147,9 +147,25 @@ def test_patterns_are_data(ranks: RankPool, layout: str) -> None:
         2,
         [
             Case(m, layout, S, heads)
-            for m in ("longnet", "local window")
+            for m in ("longnet", "detached longnet", "local window", "global local")
             for S in (96, 83)
             for heads in ((4, 2, 8, 8), (4, 4, 8, 8))
+        ],
+    )
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_rows_along_a_curve(ranks: RankPool, world_size: int) -> None:
+    check(
+        ranks,
+        world_size,
+        [
+            Case("causal", "hilbert"),
+            Case("window", "hilbert", 37),
+            Case("padding", "hilbert", 37, empty=EmptyRow.MEAN_ALL),
+            Case("documents", "hilbert", 37, segment=16, block_order="hilbert"),
+            Case("longnet", "hilbert", 83, segment=48, stages=2),
+            Case("longnet", "hilbert", 37, segment=24, compile="aot_eager"),
         ],
     )
 
@@ -164,6 +180,7 @@ def test_traced_by_aot_autograd(ranks: RankPool) -> None:
             Case("padding", "striped", 37, compile="aot_eager"),
             Case("padding", empty=EmptyRow.MEAN_ALL, compile="aot_eager"),
             Case("longnet", "zigzag", 37, compile="aot_eager"),
+            Case("detached longnet", "zigzag", 37, compile="aot_eager"),
             # Which hops are needed differs; on every rank it must be the same ones.
             Case("causal", needs_grad=(True, False, False), compile="aot_eager"),
             Case("causal", needs_grad=(False, True, False), compile="aot_eager"),
@@ -172,15 +189,21 @@ def test_traced_by_aot_autograd(ranks: RankPool) -> None:
     )
 
 
-def test_compiled_by_inductor(ranks: RankPool) -> None:
-    check(
-        ranks,
-        2,
-        [
-            Case("documents", "zigzag", 37, compile="inductor"),
-            Case("longnet", compile="inductor"),
-        ],
-    )
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("longnet", compile="inductor"),
+        pytest.param(
+            Case("documents", "zigzag", 37, compile="inductor"), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            Case("window", "hilbert", 37, block_order="hilbert", compile="inductor"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_compiled_by_inductor(ranks: RankPool, case: Case) -> None:
+    check(ranks, 2, [case])
 
 
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])

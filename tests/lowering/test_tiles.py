@@ -115,6 +115,87 @@ def test_empty_blocks_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert num_blocks == 4 + 3 + 2 + 1
 
 
+def visited(
+    monkeypatch: pytest.MonkeyPatch, mask: Mask, order: str, sizes: tuple[int, int]
+) -> tuple[list[int], list[int]]:
+    """Numbers ``y * 2^n + x`` of blocks of 4 x 4 with a pair; forward, backward."""
+    n, m = sizes
+    side = 4 if max(sizes) > 8 else 2
+    real, seen = math._Tile.scores, list[int]()
+
+    def note(tile: math._Tile, i: slice, j: slice, scale: float) -> Tensor | None:
+        scores = real(tile, i, j, scale)
+        if scores is not None:
+            seen.append(i.start // 4 * side + j.start // 4)
+        return scores
+
+    monkeypatch.setattr(math._Tile, "scores", note)
+    monkeypatch.setattr(math, "_Q_ROWS", 4)
+    monkeypatch.setattr(math, "_KV_ROWS", 4)
+    q, k, v, grad = tensors(n, m, (2, 1, 4, 4), torch.float64)
+    captures: list[Tensor] = []
+    at = (torch.arange(n)[None], torch.arange(m)[None], captures)
+    options = {"mask": format_mask(mask), "scale": SCALE, "block_order": order}
+    out, lse = ops.MASKED_ATTENTION(q, k, v, *at, **options)
+    forward, seen[:] = [*seen], []
+    ops.MASKED_ATTENTION_BACKWARD(grad, q, k, v, out, lse, *at, **options)
+    return forward, seen
+
+
+CURVE = [0, 1, 5, 4, 8, 12, 13, 9, 10, 14, 15, 11, 7, 6, 2, 3]
+ABOVE = {1, 2, 3, 6, 7, 11}
+
+
+@pytest.mark.parametrize(
+    ("mask", "order", "sizes", "expected"),
+    [
+        (Mask(), "hilbert", (8, 8), [0, 2, 3, 1]),
+        (Mask(), "natural", (8, 8), [0, 1, 2, 3]),
+        (Mask(), "hilbert", (16, 15), CURVE),
+        (Mask(), "hilbert", (6, 16), [0, 1, 5, 4, 7, 6, 2, 3]),
+        (Mask(), "hilbert", (14, 8), [0, 1, 5, 4, 8, 12, 13, 9]),
+        (Mask(causal()), "hilbert", (16, 16), [x for x in CURVE if x not in ABOVE]),
+    ],
+)
+def test_blocks_are_visited_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+    mask: Mask,
+    order: str,
+    sizes: tuple[int, int],
+    expected: list[int],
+) -> None:
+    assert visited(monkeypatch, mask, order, sizes) == (expected, expected)
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_the_order_of_blocks_changes_no_result(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(math, "_Q_ROWS", 16)
+    monkeypatch.setattr(math, "_KV_ROWS", 24)
+    S, heads = 150, (4, 2, 8, 4)
+    q, k, v, grad = tensors(S, S, heads, dtype)
+    at, padding = torch.arange(S)[None], torch.ones(2, S, dtype=torch.int64)
+    padding[1, :40] = 0  # its first 40 rows have no key
+    mask = Mask(causal() & window(70) & key_padding(0), 1)
+    results = []
+    for order in ("natural", "hilbert"):
+        options = {"mask": format_mask(mask), "scale": SCALE, "block_order": order}
+        out, lse = ops.MASKED_ATTENTION(q, k, v, at, at, [padding], **options)
+        grads = ops.MASKED_ATTENTION_BACKWARD(
+            *(grad, q, k, v, out.to(dtype), lse, at, at, [padding]), **options
+        )
+        results.append((out, lse.exp(), *grads))
+    want = dense_gradients(
+        (q, k, v), grad, dense.keeps(mask, [padding], (2, heads[0], S))
+    )
+    for natural, curve in zip(*results, strict=True):
+        assert close(curve, natural.double(), min(LIMITS[dtype], 3e-6))
+    out, _, *grads = results[1]
+    for got, expected in zip((out, *grads), want, strict=True):
+        assert close(got, expected, LIMITS[dtype])
+
+
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("heads", [(4, 2, 8, 8), (4, 2, 8, 4)])

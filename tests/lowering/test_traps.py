@@ -23,10 +23,10 @@ def is_overlapped(trace: Trace, hop: str) -> bool:
     return "compute" in events[start:wait]
 
 
-def check_results(traces: list[Trace]) -> None:
+def check_results(traces: list[Trace], case: Case = CASE) -> None:
     by_tensor = zip(*(t.results for t in traces), strict=True)
-    out, *grads = (join(CASE, shards) for shards in by_tensor)
-    want_out, *want_grads = expected(CASE)
+    out, *grads = (join(case, shards) for shards in by_tensor)
+    want_out, *want_grads = expected(case)
     assert_output_equal(out, want_out)
     names = ("dq", "dk", "dv")
     assert_gradients_equal(
@@ -91,3 +91,16 @@ def test_checkpointing_tears_ranks_apart_unless_cured(ranks: RankPool) -> None:
     uncured = ("keep", "touch")
     traces = ranks.run(trace_compiling_checkpointed, CASE, uncured, world_size=3)
     assert traces[0].tags != traces[2].tags
+
+
+@pytest.mark.slow
+def test_each_parts_own_output_is_kept_where_weights_are_detached(
+    ranks: RankPool,
+) -> None:
+    case = Case("detached longnet", heads=(4, 2, 8, 16))
+    traces = ranks.run(trace_checkpointed, case, world_size=2)
+    # Segments of 24 lie in one rank's shard.
+    forward = ["attention 3, forward KV, step 2"]
+    backward = ["attention 3, backward KV, step 2", "attention 3, backward dKV, step 2"]
+    assert [t.tags for t in traces] == [[forward, backward]] * 2
+    check_results(traces, case)

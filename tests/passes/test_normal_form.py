@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sympy.logic.boolalg import Boolean
 
+from ringcompile.ir.evaluate import evaluate
 from ringcompile.ir.mask import (
     FALSE,
     TRUE,
@@ -19,7 +20,6 @@ from ringcompile.ir.mask import (
     conjunction,
     disjunction,
     equals_zero,
-    evaluate,
     negate,
 )
 from ringcompile.passes.normal_form import normalize

@@ -12,7 +12,8 @@ from support.attentions import Traced, record_values, trace
 from sympy.core.function import AppliedUndef
 from torch import Tensor
 
-from ringcompile.ir.mask import B, H, K, Q, capture, equals_zero, evaluate
+from ringcompile.ir.evaluate import evaluate
+from ringcompile.ir.mask import B, H, K, Q, capture, equals_zero
 from ringcompile.passes.read_values import Reader
 from ringcompile.passes.symbolic import (
     Unreadable,

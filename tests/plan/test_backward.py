@@ -5,7 +5,8 @@ from support.masks import layouts, masks
 
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.mask import Mask, causal, window
-from ringcompile.patterns import LongNet
+from ringcompile.ir.schedule import format_runs
+from ringcompile.patterns import AttentionSpec, LongNet
 from ringcompile.plan.backward import Communication, communications
 from ringcompile.plan.stages import build_schedule
 
@@ -14,8 +15,8 @@ CAUSAL = Mask(causal())
 
 def format_hop(hop: Communication) -> str:
     return (
-        f"{hop.phase.value} {hop.step}: to {hop.dst} {hop.sent}"
-        f" | from {hop.src} {hop.received}"
+        f"{hop.phase.value} {hop.step}: to {hop.dst} {format_runs(hop.sent)}"
+        f" | from {hop.src} {format_runs(hop.received)}"
     )
 
 
@@ -67,7 +68,7 @@ backward dKV 4""",
 
 
 def test_steps_are_numbered_over_all_parts() -> None:
-    parts = LongNet((32, 64), (2, 4)).build_parts(CAUSAL, 4, 4)
+    parts = LongNet((32, 64), (2, 4)).build_parts(CAUSAL, AttentionSpec(4, 4, 64))
     schedule = build_schedule(parts, Layout("contiguous", 4), 64)
     steps = {(hop.part, hop.step) for hop in communications(schedule, 2)}
     assert steps == {(0, 1), (1, 3), (1, 4), (1, 5)}

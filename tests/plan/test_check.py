@@ -10,7 +10,7 @@ from ringcompile.errors import PlanError
 from ringcompile.ir.layout import LAYOUTS, Layout
 from ringcompile.ir.mask import Mask, causal, documents, window
 from ringcompile.ir.schedule import Coverage, Kernel, Piece, Rows, Schedule, Step, Tile
-from ringcompile.patterns import LocalWindow, LongNet
+from ringcompile.patterns import AttentionSpec, LocalWindow, LongNet
 from ringcompile.plan.backward import Communication, Phase, communications
 from ringcompile.plan.check import check_communications, check_schedule
 from ringcompile.plan.stages import build_schedule
@@ -38,12 +38,13 @@ def test_long_sequences_are_checked_by_boxes(
 def test_patterns_and_schedules_for_any_length_pass(name: str) -> None:
     layout = Layout(name, 4)
     for parts in (
-        LongNet((16, 64, 150), (1, 4, 3)).build_parts(CAUSAL, 4, 2),
-        LocalWindow(32, 8).build_parts(CAUSAL, 4, 2),
+        LongNet((16, 64, 150), (1, 4, 3)).build_parts(CAUSAL, AttentionSpec(4, 2, 64)),
+        LocalWindow(32, 8).build_parts(CAUSAL, AttentionSpec(4, 2, 64)),
     ):
         check_schedule(build_schedule(parts, layout, 203))
+    length = None if layout.has_runs else 203
     for mask in (CAUSAL, Mask(), Mask(causal(), 1) & documents(0)):
-        check_schedule(build_schedule([(mask, None)], layout, None))
+        check_schedule(build_schedule([(mask, None)], layout, length))
 
 
 def contiguous(length: int | None, mask: Mask = CAUSAL) -> Schedule:
@@ -66,7 +67,7 @@ def with_steps(schedule: Schedule, steps: list[Step]) -> Schedule:
 
 
 def tile_of(*pieces: Piece, needs: Rows = WHOLE) -> Tile:
-    return Tile(Coverage.PARTIAL, pieces, needs)
+    return Tile(Coverage.PARTIAL, pieces, (needs,))
 
 
 FULL = Piece(WHOLE, WHOLE, Kernel.FULL)
@@ -106,7 +107,7 @@ def test_padding_is_refused(length: int) -> None:
 
 
 def test_a_masked_tile_of_selected_rows_must_not_be_dropped() -> None:
-    parts = LongNet((32,), (4,)).build_parts(CAUSAL, 4, 2)
+    parts = LongNet((32,), (4,)).build_parts(CAUSAL, AttentionSpec(4, 2, 64))
     schedule = build_schedule(parts, Layout("contiguous", 4), 64)
     check_schedule(schedule)
     with pytest.raises(PlanError, match="leaves out selected keys"):
@@ -140,7 +141,7 @@ def hops() -> list[list[Communication]]:
 def test_a_hop_without_a_partner_is_refused() -> None:
     lists = hops()
     del lists[1][0]
-    with pytest.raises(PlanError, match="rank 1 has None for it"):
+    with pytest.raises(PlanError, match="rank 1 has none for it"):
         check_communications(lists)
 
 
@@ -153,7 +154,7 @@ def test_a_hop_to_nobody_has_no_rows() -> None:
 
 def test_unequal_row_counts_are_refused() -> None:
     lists = hops()
-    lists[2][0] = replace(lists[2][0], received=Rows((0, 1), (1, 0)))
+    lists[2][0] = replace(lists[2][0], received=(Rows((0, 1), (1, 0)),))
     with pytest.raises(PlanError, match="rows 0:c, while rank 2 has 1:c"):
         check_communications(lists)
 
@@ -168,7 +169,7 @@ def test_ranks_that_wait_for_each_other_are_refused() -> None:
 
 def test_another_order_is_refused_where_nobody_waits() -> None:
     nothing = [
-        Communication(Phase.FORWARD_KV, 0, step, -1, -1, None, None) for step in (1, 2)
+        Communication(Phase.FORWARD_KV, 0, step, -1, -1, (), ()) for step in (1, 2)
     ]
     with pytest.raises(
         PlanError, match="ranks 0 and 1 differ at their communication 0"

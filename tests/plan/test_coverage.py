@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.masks import captures, predicates
 
+from ringcompile.ir.evaluate import evaluate
 from ringcompile.ir.mask import (
     H,
     K,
@@ -15,7 +16,6 @@ from ringcompile.ir.mask import (
     disjunction,
     documents,
     equals_zero,
-    evaluate,
     key_padding,
     negate,
     prefix,

@@ -17,10 +17,12 @@ from torch.fx import GraphModule
 import ringcompile
 from ringcompile import OptionError, Report, explain
 from ringcompile.config import RingOptions
+from ringcompile.ir.layout import Layout
 from ringcompile.lowering.hops import Phase, Tag
 from ringcompile.mesh import Ranks
 from ringcompile.ops import HOP
 from ringcompile.passes.pipeline import Rewritten, run_passes
+from ringcompile.patterns import LongNet
 from ringcompile.report.trial import bytes_of, run_trial
 from ringcompile.torch_private import CallObserver
 
@@ -290,7 +292,21 @@ def passes_of(rank: int, world_size: int, **options: object) -> Rewritten:
     return made[0]
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+def test_orders_by_option_are_in_the_plans() -> None:
+    options = {"layout": "hilbert", "attention": LongNet((8, 12), (1, 2))}
+    natural = passes_of(0, 4, **options)
+    made = passes_of(0, 4, **options, block_order="hilbert")
+    assert {a.plan.block_order for a in made.attentions} == {"hilbert"}
+    assert {a.plan.block_order for a in natural.attentions} == {"natural"}
+    assert made.plan_hash != natural.plan_hash
+    layouts = {a.plan.schedule.layout for a in made.attentions}
+    assert layouts == {Layout("hilbert", 4, 12)}
+    alone = passes_of(0, 1, **options)
+    layouts = {a.plan.schedule.layout for a in alone.attentions}
+    assert layouts == {Layout("contiguous", 1)}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "hilbert"])
 def test_bytes_are_those_that_the_lowering_sends(layout: str) -> None:
     sent: dict[bool, int] = {}
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ringcompile.ir.mask import EmptyRow, evaluate
+from ringcompile.ir.evaluate import evaluate
+from ringcompile.ir.mask import EmptyRow
 from ringcompile.passes.find_attention import find_attention
 from ringcompile.passes.op import read_op
 from ringcompile.passes.regions import Operand, Refusal, Region

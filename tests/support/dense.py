@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ringcompile.ir.mask import EmptyRow, Mask, evaluate
+from ringcompile.ir.evaluate import evaluate
+from ringcompile.ir.mask import EmptyRow, Mask
 
 
 def keeps(
@@ -42,3 +43,20 @@ def attend(
         safe = torch.where(some, kept.to(scores.dtype), 1.0)
         weights = (scores + safe.log()).softmax(-1) * some
     return weights @ v
+
+
+def attend_detached(
+    q: Tensor, k: Tensor, v: Tensor, by_part: Tensor, scale: float
+) -> Tensor:
+    """Parts mixed by ``Z_i / sum_j Z_j`` as constants; ``by_part`` is bool, by part."""
+    lse = torch.stack(
+        [
+            (scale * (q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT))
+            .masked_fill(~kept, -torch.inf)
+            .logsumexp(-1)
+            for kept in by_part
+        ]
+    )
+    weights = (lse - lse.logsumexp(0)).exp().nan_to_num(0.0).detach()
+    outs = [attend(q, k, v, kept, scale, EmptyRow.ZERO) for kept in by_part]
+    return (weights[..., None] * torch.stack(outs)).sum(0)

@@ -76,7 +76,12 @@ masks = st.builds(lambda p: Mask(p, NUM_CAPTURES), predicates)
 
 
 def layouts(max_ranks: int) -> st.SearchStrategy[Layout]:
-    return st.builds(Layout, st.sampled_from(LAYOUTS), st.integers(1, max_ranks))
+    ranks = st.integers(1, max_ranks)
+    segments = st.one_of(st.none(), st.integers(1, 30))
+    return st.one_of(
+        st.builds(Layout, st.sampled_from(LAYOUTS), ranks),
+        st.builds(Layout, st.just("hilbert"), ranks, segments),
+    )
 
 
 def captures(num_batches: int, length: int, seed: int = 0) -> list[Tensor]:

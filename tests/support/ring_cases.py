@@ -16,7 +16,7 @@ from ringcompile.ir import mask as m
 from ringcompile.ir.attention import RankPlan
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.mask import EmptyRow, Mask
-from ringcompile.ir.schedule import Selection
+from ringcompile.ir.schedule import MixedParts, Mixing, Selection
 from ringcompile.ir.text import format_plan
 from ringcompile.lowering.inductor import inductor_patches
 from ringcompile.plan.stages import build_schedule
@@ -41,6 +41,8 @@ class Case:
         needs_grad: of q, k, v.
         compile: ``eager``, ``aot_eager`` or ``inductor``.
         any_length: plan for any length that needs no padding.
+        segment: of a hilbert layout.
+        block_order: ``natural`` or ``hilbert``.
     """
 
     mask: str
@@ -53,6 +55,12 @@ class Case:
     needs_grad: tuple[bool, bool, bool] = (True, True, True)
     compile: str = "eager"
     any_length: bool = False
+    segment: int | None = None
+    block_order: str = "natural"
+
+    def place(self, cp_size: int) -> Layout:
+        """The layout over so many ranks."""
+        return Layout(self.layout, cp_size, self.segment)
 
     def with_length(self, length: int) -> "Case":
         """The same attention of so many tokens."""
@@ -73,6 +81,11 @@ class Case:
         """The masks and selections whose results are merged."""
         parts = MASKS[self.mask](self)
         return [(Mask(p.keeps, 2, self.empty), selection) for p, selection in parts]
+
+    @property
+    def mixing(self) -> Mixing:
+        """How the parts' outputs become one."""
+        return Mixing(is_detached="detached" in self.mask)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v and the gradient of the output, all rows, rounded to the dtype."""
@@ -98,10 +111,12 @@ class Case:
     def attend_dense(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The attention of all rows, densely."""
         shape = (2, self.heads[0], self.length)
-        kept = torch.stack(
+        by_part = torch.stack(
             [dense.keeps(mask, self.captures, shape) for mask, _ in self.parts]
-        ).sum(0)
-        return dense.attend(q, k, v, kept, SCALE, self.empty)
+        )
+        if self.mixing.is_detached:
+            return dense.attend_detached(q, k, v, by_part, SCALE)
+        return dense.attend(q, k, v, by_part.sum(0), SCALE, self.empty)
 
 
 Parts = list[tuple[Mask, Selection | None]]
@@ -129,6 +144,14 @@ def _local_window(_case: Case) -> Parts:
     return [(Mask(near & m.causal()), None)]
 
 
+def _global_local(_case: Case) -> Parts:
+    """SEMANTICS.md section 3, blocks of 4 tokens: the first for all, and neighbours."""
+    i, j = sympy.floor(m.Q / 4), sympy.floor(m.K / 4)
+    near = m.at_least_zero(1 - (i - j)) & m.at_least_zero(1 - (j - i))
+    first = m.disjunction(m.equals_zero(i), m.equals_zero(j))
+    return [(Mask(m.disjunction(near, first)), None)]
+
+
 def _plain(keeps: Boolean) -> Callable[[Case], Parts]:
     return lambda _case: [(Mask(keeps), None)]
 
@@ -142,15 +165,18 @@ MASKS: dict[str, Callable[[Case], Parts]] = {
     "padding": _plain(m.causal() & m.key_padding(1)),
     "bidirectional padding": _plain(m.key_padding(1)),
     "longnet": _longnet,
+    "detached longnet": lambda case: _longnet(case)[1:],
     "local window": _local_window,
+    "global local": _global_local,
 }
 
 
 def plan_text(case: Case, group: ProcessGroup, rank: int, *, timeout_s: float) -> str:
     """The plan that the op carries on one rank."""
     length = None if case.any_length else case.length
-    layout = Layout(case.layout, group.size())
-    schedule = build_schedule(case.parts, layout, length, num_stages=case.stages)
+    parts = MixedParts(tuple(case.parts), case.mixing)
+    layout = case.place(group.size())
+    schedule = build_schedule(parts, layout, length, num_stages=case.stages)
     return format_plan(
         RankPlan(
             index=3,
@@ -161,13 +187,14 @@ def plan_text(case: Case, group: ProcessGroup, rank: int, *, timeout_s: float) -
             timeout_s=timeout_s,
             schedule=schedule,
             sources="",
+            block_order=case.block_order,
         )
     )
 
 
 def run_case(group: ProcessGroup, rank: int, case: Case) -> tuple[Tensor | None, ...]:
     """This rank's rows of out, dq, dk and dv."""
-    layout = Layout(case.layout, group.size())
+    layout = case.place(group.size())
     at = torch.tensor(layout.positions(rank, case.length))
     is_real = at < case.length
     own = [x[:, :, at.clamp(max=case.length - 1)] for x in case.tensors()]
@@ -216,6 +243,6 @@ def run_cases(
 def join(case: Case, shards: Iterable[Tensor | None]) -> Tensor:
     """All rows in the user's order, from each rank's real ones."""
     found = [x for x in shards if x is not None]
-    layout = Layout(case.layout, len(found))
+    layout = case.place(len(found))
     order = [p for p in layout.permutation(case.length) if p < case.length]
     return torch.cat(found, 2)[:, :, torch.tensor(order).argsort()]

@@ -190,11 +190,11 @@ def _record(events: list[str], stack: ExitStack) -> None:
                 events.append(f"wait {self._name}")
             return super().wait(timeout)
 
-    real = math._Tile.q_blocks
+    real = math._Tile.blocks
 
-    def computing(self: math._Tile) -> object:
+    def computing(self: math._Tile, order: str) -> object:
         events.append("compute")
-        return real(self)
+        return real(self, order)
 
     stack.enter_context(patch.object(process_group, "TimedWork", Recorder))
-    stack.enter_context(patch.object(math._Tile, "q_blocks", computing))
+    stack.enter_context(patch.object(math._Tile, "blocks", computing))
