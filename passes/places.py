@@ -21,6 +21,7 @@ UNKNOWN = "?"
 
 _FRAME = re.compile(r'^\s*File "([^"]+)", line (\d+), in ', re.MULTILINE)
 _CHILD = re.compile(r"(?:\._modules|\.__dict__\['_modules'\])\['([^']+)'\]")
+_ARGUMENT = re.compile(r"(?<=^L\['args'\])\[0\]")
 _OWN = str(Path(__file__).resolve().parent.parent / "ringcompile")
 
 
@@ -108,7 +109,9 @@ def _module_file(node: Node) -> str | None:
 
 
 def _module_path(node: Node) -> str:
-    # "L['self'].model.layers.0", or, of older torch, "..._modules['layers'][0]".
-    path = _CHILD.sub(r".\1", innermost_module(node.meta))
+    # "L['self'].model.layers.0", or, of older torch, "..._modules['layers'][0]"; behind
+    # a decorator of forward, "L['args'][0].model.layers.0".
+    path = _ARGUMENT.sub("", innermost_module(node.meta))
+    path = _CHILD.sub(r".\1", path)
     path = re.sub(r"\[(\d+)\]", r".\1", path)
     return str(path).partition(".")[2].removeprefix("__self__.")

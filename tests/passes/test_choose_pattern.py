@@ -1,5 +1,6 @@
 """Which attention gets which pattern, by the names of modules."""
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,14 @@ from ringcompile.patterns import LocalWindow, LongNet
 
 WINDOW, LONGNET = LocalWindow(8, 4), LongNet((8, 16), (1, 2))
 S, D = 16, 8
+
+
+def _pass_on(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(forward)
+    def wrapper(*args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        return forward(*args, **kwargs)
+
+    return wrapper
 
 
 class Attention(nn.Module):
@@ -88,6 +97,17 @@ class Model(nn.Module):
         return x
 
 
+class Decorated(Model):
+    """As transformers decorates ``forward``: the model is but an argument there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    @_pass_on
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
 def choose(
     model: Callable[[Tensor], Tensor], attention: Mapping[str, object]
 ) -> list[tuple[str, object]]:
@@ -139,8 +159,9 @@ GLOBS = {"*.[02].*": WINDOW, "*.1.attn": LONGNET}
         Model(call=call_checkpointed),
         Model(SharedCode(), SharedCode(), SharedCode()),
         Model().forward,
+        Decorated(),
     ],
-    ids=["plain", "checkpointed", "shared code", "method"],
+    ids=["plain", "checkpointed", "shared code", "method", "decorated"],
 )
 def test_modules_get_their_patterns(model: Callable[[Tensor], Tensor]) -> None:
     chosen = choose(model, GLOBS)
