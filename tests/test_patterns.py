@@ -101,16 +101,16 @@ def test_what_clashes_is_named_with_two_ways_out() -> None:
   instead: a segment length and its rate, or attention='exact'
 segments[1]=0
   at: LongNet
-  because: it counts tokens, blocks or heads, in whole numbers from 1
-  instead: 1 or more, or attention='exact' for no pattern
+  because: it counts tokens, blocks or heads, of which 1 is the least
+  instead: segments[1]=1 or more, or "exact" in place of the pattern
 segments=16.0
   at: LongNet
-  because: it counts tokens, blocks or heads, in whole numbers from 1
-  instead: 1 or more, or attention='exact' for no pattern
+  because: it counts tokens, blocks or heads, in whole numbers
+  instead: segments=1 or more, or "exact" in place of the pattern
 segments=16
   at: LongNet
-  because: it holds one number or more, not 1 number alone
-  instead: the tuple segments=(16,), or a list
+  because: there may be several
+  instead: a tuple or a list: segments=(16,)
 weights='loose'
   at: LongNet
   because: there is no such rule
@@ -119,10 +119,10 @@ offset='seed'
   at: LongNet
   because: there is no such rule
   instead: offset='paper' or offset='torchscale' or offset='kv_head'
-patterns=()
+0 patterns for 1 head or more
   at: PerHead
-  because: every head has one: there is 1 or more, not 0
-  instead: a pattern for each run of heads, or attention='exact'""",
+  because: every head has one
+  instead: one pattern or more, or "exact" without PerHead""",
     )
 
 

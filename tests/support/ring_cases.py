@@ -226,6 +226,7 @@ def compile_ring(plan: str, case: Case) -> Callable[..., Tensor]:
 
     if case.compile == "eager":
         return attend
+    torch.compiler.reset()  # Dynamo counts what it compiled by code object
     backend = "aot_eager" if case.compile == "aot_eager" else _inductor
     return torch.compile(attend, backend=backend, fullgraph=True)
 
