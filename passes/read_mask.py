@@ -1,8 +1,9 @@
 """What a mask says about (batch, head, query, key), from what its nodes hold.
 
 The result is a predicate of ``ir.mask`` and the nodes that it reads at run time.
-Invariants: no tensor of one value per (query, key) pair is read at run time; equal
-masks built differently give the same predicate and captures in the same order.
+Invariants: no tensor of one value per (query, key) pair is read at run time, but one
+that the user passes in, tile by tile; equal masks built differently give the same
+predicate and captures in the same order.
 """
 
 from collections.abc import Iterable
@@ -134,7 +135,7 @@ def _always_has_a_key(p: Boolean, last: dict[sympy.Symbol, Expr]) -> bool:
 
 def _check_reads_one_token(read: AppliedUndef, node: Node) -> None:
     tokens = [e.free_symbols & {Q, K} for e in read.args]
-    if sum(map(len, tokens)) > 1:
+    if sum(map(len, tokens)) > 1 and node.op != "placeholder":
         raise Unreadable(
             f"{node.name} {list(shape_of(node))} holds a value for every pair of tokens"
             " that is known at run time only"
@@ -142,7 +143,12 @@ def _check_reads_one_token(read: AppliedUndef, node: Node) -> None:
 
 
 def _check_small(node: Node, shape: tuple[Size, ...]) -> None:
-    """No tensor that leads to a capture may have one element per pair of tokens."""
+    """No tensor that leads to a capture may have one element per pair of tokens.
+
+    One that the user passes in is on every rank whatever is done here.
+    """
+    if node.op == "placeholder":
+        return
     seen = set()
     work = [node]
     while work:
