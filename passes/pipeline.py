@@ -90,7 +90,7 @@ class Rewritten:
         """Equal on all ranks iff they are about to run the same schedules."""
         text = "\n".join(
             f"{a.plan.index} {a.plan.scale!r} {a.plan.group_name} {a.plan.sources}"
-            f" {a.plan.schedule!r} {a.plan.block_order}"
+            f" {a.plan.schedule!r} {a.plan.block_order} {a.plan.kernel}"
             for a in self.attentions
         )
         return hashlib.sha256(text.encode()).hexdigest()
@@ -301,9 +301,8 @@ class _Planner:
         if name != "auto":
             segments = [find_segment(a.pattern) for a in attentions]
             segment = max((s for s in segments if s is not None), default=None)
-            layout = Layout(
-                name, self._ranks.size, segment if name == "hilbert" else None
-            )
+            curve = (segment, self._options.hilbert_level) if name == "hilbert" else ()
+            layout = Layout(name, self._ranks.size, *curve)
             return layout, f'layout="{name}" in the options'
         size = size_hint(length)
         parts = [a.build_parts(size) for a in attentions]
@@ -328,6 +327,7 @@ class _Planner:
                 schedule=schedule,
                 sources=self._sources,
                 block_order=self._options.block_order,
+                kernel=self._options.kernel,
             )
             planned[node] = PlannedAttention(
                 region, attention.pattern, plan, self._reasons[number]

@@ -31,7 +31,7 @@ _CHOICES: Mapping[str, _Choice] = MappingProxyType(
         "grads": _Choice(("summed", "local")),
         "local_scale": _Choice(("mean", "sum")),
         "unsupported": _Choice(("gather", "error")),
-        "kernel": _Choice(("auto",), ("cudnn", "flash", "flex", "math")),
+        "kernel": _Choice(("auto", "math"), ("cudnn", "flash", "flex")),
         "transport": _Choice(("auto", "p2p"), ("copy_engine",)),
         "block_order": _Choice(("natural", "hilbert")),
         "verify": _Choice(("off", "plan"), ("numeric",)),
@@ -67,10 +67,13 @@ class RingOptions:
             it averages (``mean``: multiplied by P here) or sums (``sum``: not).
         unsupported: ``gather`` what can't be cut, exactly and with a warning, or
             ``error``.
-        kernel: The tile kernel.
+        kernel: The tile kernel: ``auto`` is the device's best; ``math`` plain operators
+            in float32 or more, slow and easy to trust.
         transport: How hops travel.
         stages: Stages that the steps are grouped into, or ``"auto"``.
         block_order: The order in which the blocks of a masked tile are computed.
+        hilbert_level: Of ``layout="hilbert"``: n of the curve over ``4^n`` cells; None
+            is the least that holds a segment.
         verify: ``plan`` checks every schedule and compares plans over ranks.
         timeout_s: A hop or barrier older than this raises.
         inductor: Inductor config patches, as sorted pairs.
@@ -89,6 +92,7 @@ class RingOptions:
     transport: str = "auto"
     stages: int | str = "auto"
     block_order: str = "natural"
+    hilbert_level: int | None = None
     verify: str = "plan"
     timeout_s: float = 600.0
     inductor: tuple[tuple[str, object], ...] = field(default=(), hash=False)
@@ -101,6 +105,7 @@ class RingOptions:
                 _check_choice(name, value, choice)
         _check_attention(self.attention)
         _check_stages(self.stages)
+        _check_level(self.hilbert_level, self.layout)
         _check_timeout(self.timeout_s)
 
     @classmethod
@@ -216,8 +221,7 @@ def _check_pattern(value: object, name: str) -> None:
         raise OptionError(
             f"{name}={value!r}",
             at="options",
-            because="it is neither 'exact' nor a pattern, and presets by name "
-            "are not built yet",
+            because="it is neither 'exact' nor a pattern",
             instead=instead,
         )
     try:
@@ -239,6 +243,25 @@ def _check_stages(value: object) -> None:
             at="options",
             because="stages is 'auto' or a whole number of at least 1",
             instead="did you mean 'auto'?",
+        )
+
+
+def _check_level(value: object, layout: str) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise OptionError(
+            f"hilbert_level={value!r}",
+            at="options",
+            because="a curve of level n goes through 4^n cells",
+            instead="a whole number of at least 0, or leave it out for the least",
+        )
+    if layout != "hilbert":
+        raise OptionError(
+            f"hilbert_level={value} with layout={layout!r}",
+            at="options",
+            because="only the layout hilbert goes along a curve",
+            instead='layout="hilbert", or leave hilbert_level out',
         )
 
 
@@ -289,10 +312,13 @@ class Environment:
         log_level: Level for the logger ``ringcompile`` (``RINGCOMPILE_LOG``), or None.
         dump_dir: Folder for the graph before and after each pass
             (``RINGCOMPILE_DUMP``), or None.
+        ranks_per_node: Ranks of this host, as torchrun says (``LOCAL_WORLD_SIZE``), or
+            None.
     """
 
     log_level: int | None = None
     dump_dir: Path | None = None
+    ranks_per_node: int | None = None
 
     @classmethod
     def read(cls, environ: Mapping[str, str] = os.environ) -> "Environment":
@@ -305,6 +331,7 @@ class Environment:
         return cls(
             log_level=_read_level(level) if level else None,
             dump_dir=Path(folder) if folder else None,
+            ranks_per_node=int(environ.get("LOCAL_WORLD_SIZE") or 0) or None,
         )
 
 

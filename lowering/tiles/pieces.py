@@ -30,7 +30,7 @@ def attend_piece(
     chunk, scale = part.frame.chunk, part.frame.plan.scale
     q = take_rows(q, piece.q, chunk)
     k, v = (take_rows(x, piece.kv, chunk) for x in kv)
-    if piece.kernel is not Kernel.MASKED:
+    if _is_dense(part, piece):
         return attend(q, k, v, is_causal=piece.kernel is Kernel.CAUSAL, scale=scale)
     out, lse = ops.MASKED_ATTENTION(
         *(q, k, v, *_positions(part, tile, piece), list(part.captures)),
@@ -61,7 +61,7 @@ def piece_gradients(
     grad_out, q, out, lse = (take_rows(x, piece.q, chunk) for x in queries)
     k, v = (take_rows(x, piece.kv, chunk) for x in kv)
     tensors = (grad_out, q, k, v, out, lse)
-    if piece.kernel is not Kernel.MASKED:
+    if _is_dense(part, piece):
         is_causal = piece.kernel is Kernel.CAUSAL
         return attend_backward(*tensors, is_causal=is_causal, scale=scale)
     dq, dk, dv = ops.MASKED_ATTENTION_BACKWARD(
@@ -103,6 +103,12 @@ class BlockSums:
     def total(self) -> Tensor:
         """Over all tiles, ``(B, H, num_blocks, num_blocks)``."""
         return reduce(torch.add, self._sums)
+
+
+def _is_dense(part: PartProgram, piece: Piece) -> bool:
+    """Whether a kernel without a mask computes it; that with one takes any piece."""
+    is_masked = piece.kernel is Kernel.MASKED
+    return not is_masked and part.frame.plan.kernel != "math"
 
 
 def _positions(

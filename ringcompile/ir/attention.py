@@ -21,6 +21,8 @@ class RankPlan:
             their change).
         block_order: in which order the blocks of a masked tile are computed:
             ``natural``, query rows after query rows, or ``hilbert``, along the curve.
+        kernel: ``auto``: dense tiles by the device's best kernel; ``math``: every tile
+            by plain operators.
     """
 
     index: int
@@ -32,3 +34,4 @@ class RankPlan:
     schedule: Schedule
     sources: str
     block_order: str = "natural"
+    kernel: str = "auto"

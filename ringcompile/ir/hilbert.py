@@ -8,6 +8,8 @@ lie outside are passed over without being looked at one by one.
 from collections.abc import Iterator
 from functools import lru_cache
 
+from ringcompile.errors import OptionError
+
 # Quarters of a square in the order of the curve: where, and whether the curve in it is
 # mirrored on the diagonal and turned by half a turn.
 _QUARTERS = (
@@ -54,11 +56,27 @@ def walk_curve(
 
 
 @lru_cache(maxsize=16)
-def order_tokens(num_tokens: int) -> tuple[int, ...]:
-    """Positions ``0 .. num_tokens - 1`` along the least curve that holds them all."""
-    level = 0
-    while 4**level < num_tokens:
-        level += 1
+def order_tokens(num_tokens: int, level: int | None = None) -> tuple[int, ...]:
+    """Positions ``0 .. num_tokens - 1`` along a curve that holds them all.
+
+    Args:
+        num_tokens: L.
+        level: n of the curve over ``4^n`` cells; None: the least that holds L.
+
+    Raises:
+        OptionError: ``4^level < num_tokens``.
+    """
+    least = 0
+    while 4**least < num_tokens:
+        least += 1
+    level = least if level is None else level
+    if level < least:
+        raise OptionError(
+            f"hilbert_level={level} for {num_tokens} tokens",
+            at="options",
+            because=f"a curve of that level goes through {4**level} cells",
+            instead=f"hilbert_level={least} or more, or leave it out for {least}",
+        )
     num_rows = -(-num_tokens // (1 << level))
     cells = walk_curve(level, num_rows, 1 << level)
     return tuple(p for x, y in cells if (p := (y << level) + x) < num_tokens)

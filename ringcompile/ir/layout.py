@@ -39,11 +39,14 @@ class Layout:
         cp_size: number of ranks.
         segment: of ``hilbert``, tokens that one curve goes through, so that segments
             stay in order; None: a single curve over all.
+        level: of ``hilbert``, n of the curve over ``4^n`` cells; None: the least that
+            holds a segment.
     """
 
     name: str
     cp_size: int
     segment: int | None = None
+    level: int | None = None
 
     def __post_init__(self) -> None:
         if self.name not in LAYOUTS:
@@ -61,17 +64,25 @@ class Layout:
                 because="only hilbert has segments, of one token or more",
                 instead="leave segment out",
             )
+        if self.level is not None and self.has_runs:
+            raise OptionError(
+                f"layout={self.name!r} with hilbert_level={self.level}",
+                at="options",
+                because="only hilbert goes along a curve",
+                instead='layout="hilbert", or leave hilbert_level out',
+            )
 
     @classmethod
     def parse(cls, text: str, cp_size: int) -> "Layout":
         """Read ``key`` back."""
-        name, _, segment = text.partition("/")
-        return cls(name, cp_size, int(segment) if segment else None)
+        name, *numbers = text.split("/")
+        return cls(name, cp_size, *(int(n) if n else None for n in numbers))
 
     @property
     def key(self) -> str:
-        """Name and segment in one word."""
-        return self.name if self.segment is None else f"{self.name}/{self.segment}"
+        """Name, segment and level in one word."""
+        numbers = ("" if n is None else str(n) for n in (self.segment, self.level))
+        return "/".join((self.name, *numbers)).rstrip("/")
 
     @property
     def has_runs(self) -> bool:
@@ -109,7 +120,7 @@ class Layout:
         """Global positions of the rows of ``rank``; those >= ``length`` are padding."""
         chunk = self.chunk_size(length)
         if not self.has_runs:
-            order = _order(self.segment, length, chunk * self.cp_size)
+            order = _order(self.segment, self.level, length, chunk * self.cp_size)
             return order[rank * chunk : (rank + 1) * chunk]
         return tuple(
             run.start[0] * chunk + run.start[1] + run.stride * i
@@ -162,11 +173,13 @@ class Layout:
 
 
 @lru_cache(maxsize=16)
-def _order(segment: int | None, length: int, padded: int) -> tuple[int, ...]:
+def _order(
+    segment: int | None, level: int | None, length: int, padded: int
+) -> tuple[int, ...]:
     """Positions along a curve through each segment, then the pads."""
     size = max(1, min(segment or length, length))
     whole, rest = divmod(length, size)
     starts = range(0, whole * size, size)
-    order = [start + p for start in starts for p in order_tokens(size)]
-    order += [whole * size + p for p in order_tokens(rest)]
+    order = [start + p for start in starts for p in order_tokens(size, level)]
+    order += [whole * size + p for p in order_tokens(rest, level)]
     return (*order, *range(length, padded))

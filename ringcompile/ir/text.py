@@ -57,6 +57,7 @@ def format_plan(plan: RankPlan) -> str:
             "schedule": _schedule_to_json(plan.schedule),
             "sources": plan.sources,
             "block_order": plan.block_order,
+            "kernel": plan.kernel,
         }
     )
 
