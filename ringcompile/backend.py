@@ -17,6 +17,7 @@ from ringcompile.mesh import Ranks, find_ranks
 from ringcompile.passes.artifacts import emit_artifacts
 from ringcompile.passes.pipeline import Rewritten, run_passes
 from ringcompile.plan.check import check_schedule
+from ringcompile.presets import read_options
 from ringcompile.torch_private import compile_with_inductor, mode_patches
 from ringcompile.verify import agree_at_first_call
 
@@ -45,7 +46,7 @@ def ring(
         OptionError: an option is unknown or not built.
         UnsupportedAttentionError: something can't be cut and ``unsupported="error"``.
     """
-    chosen = RingOptions.from_user(options, mode)
+    chosen = read_options(options, mode)
     ranks = find_ranks(chosen.mesh)
     patches = mode_patches(mode) | chosen.inductor_patches
     if ranks.is_alone and chosen.is_exact:
@@ -79,7 +80,7 @@ def rewrite(
         OptionError: an option is unknown or not built.
         UnsupportedAttentionError: something can't be cut and ``unsupported="error"``.
     """
-    chosen = RingOptions.from_user(options)
+    chosen = read_options(options)
     return _rewrite(gm, example_inputs, chosen, find_ranks(chosen.mesh)).gm
 
 

@@ -5,6 +5,7 @@ Source: SEMANTICS.md sections 2 and 3. Masks compose by ``&`` and ``|``.
 
 from ringcompile.patterns.adaptive import Adaptive
 from ringcompile.patterns.base import (
+    AtDensity,
     AttentionSpec,
     MaskPattern,
     Parts,
@@ -28,6 +29,7 @@ from ringcompile.patterns.tokens import DilatedWindow, Sinks, Strided
 
 __all__ = [
     "Adaptive",
+    "AtDensity",
     "AttentionSpec",
     "BigBird",
     "ConsecutiveDilated",

@@ -8,6 +8,7 @@ import logging
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Protocol, Self, runtime_checkable
 
@@ -118,13 +119,7 @@ class MaskPattern:
         Raises:
             OptionError: the pattern has no window, or there is no such density.
         """
-        if not 0 < density <= 1:
-            raise OptionError(
-                f"density={density}",
-                at=type(self).__name__,
-                because="it is the share of pairs that are kept",
-                instead="a number above 0 and at most 1",
-            )
+        _require_share(density, type(self).__name__)
 
         def density_of(reach: int) -> float:
             return self.with_reach(reach).density(length, is_causal=is_causal)
@@ -240,6 +235,38 @@ class _Within:
 
 
 @dataclass(frozen=True, slots=True)
+class AtDensity(MaskPattern):
+    """A pattern whose window is set by the length that it meets.
+
+    Attributes:
+        pattern: one with a window.
+        share: the share of pairs to keep, above 0 and at most 1; what
+            ``pattern.with_density`` takes, and tells of what it got.
+    """
+
+    pattern: MaskPattern
+    share: float
+
+    def __post_init__(self) -> None:
+        _require_share(self.share, "AtDensity")
+        self.pattern.with_reach(0)  # raises where there is no window
+
+    def keeps(self, spec: AttentionSpec) -> Boolean:
+        """Those of the pattern with the window that comes nearest."""
+        return self._settle(int(spec.length), spec.is_causal).keeps(spec)
+
+    def _settle(self, length: int, is_causal: bool) -> MaskPattern:
+        return _settle_density(self.pattern, length, self.share, is_causal)
+
+
+@lru_cache(maxsize=256)
+def _settle_density(
+    pattern: MaskPattern, length: int, share: float, is_causal: bool
+) -> MaskPattern:
+    return pattern.with_density(length, share, is_causal=is_causal)
+
+
+@dataclass(frozen=True, slots=True)
 class PerHead(MaskPattern):
     """Another pattern for each run of query heads.
 
@@ -298,6 +325,17 @@ def split_heads(num_heads: int, num_groups: int) -> list[range]:
 def without_mean(mask: Mask) -> Mask:
     """``mask`` with zeros for rows without a key, as every pattern gives."""
     return replace(mask, empty_row=EmptyRow.ZERO)
+
+
+def _require_share(density: object, at: str) -> None:
+    is_number = isinstance(density, int | float) and not isinstance(density, bool)
+    if not (is_number and 0 < density <= 1):  # type: ignore[operator]
+        raise OptionError(
+            f"density={density}",
+            at=at,
+            because="it is the share of pairs that are kept",
+            instead="a number above 0 and at most 1",
+        )
 
 
 def require_positive(at: str, **sizes: int | tuple[int, ...]) -> None:

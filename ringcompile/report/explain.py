@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from ringcompile.config import RingOptions
 from ringcompile.errors import RingCompileError
+from ringcompile.presets import read_options
 from ringcompile.report.read import GraphReader
 from ringcompile.report.records import GraphReport
 from ringcompile.report.report import Report
@@ -52,10 +52,8 @@ def explain(
         raise ValueError(message)
     chosen = dict(options or {})
     chosen.pop("mesh", None)
-    reader = GraphReader(
-        RingOptions.from_user(chosen | {"unsupported": "gather"}), world_size
-    )
-    RingOptions.from_user(chosen)  # "unsupported" is checked too
+    reader = GraphReader(read_options(chosen | {"unsupported": "gather"}), world_size)
+    read_options(chosen)  # "unsupported" is checked too
     graphs: list[GraphReport] = []
     errors: list[RingCompileError] = []
 

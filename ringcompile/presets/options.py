@@ -1,0 +1,96 @@
+"""The user's options with presets named in them, as ``RingOptions``."""
+
+from collections.abc import Mapping
+
+import torch
+
+from ringcompile.config import Environment, RingOptions
+from ringcompile.errors import OptionError
+from ringcompile.mesh import find_ranks
+from ringcompile.presets.choose import Hardware, choose_preset
+from ringcompile.presets.config import RingAttentionConfig
+from ringcompile.presets.table import Preset, find_preset
+
+
+def read_options(
+    options: Mapping[str, object] | None = None, mode: str | None = None
+) -> RingOptions:
+    """Read what ``torch.compile`` hands to the backend, presets by name included.
+
+    Args:
+        options: the user's dict; None means all defaults.
+        mode: ``torch.compile``'s ``mode``, which is Inductor's.
+
+    Raises:
+        OptionError: a key or value is unknown, is not built yet, or contradicts the
+            preset.
+    """
+    given = dict(options or {})
+    attention = given.get("attention")
+    if isinstance(attention, Mapping):
+        given["attention"] = {
+            glob: _find_pattern(glob, value) for glob, value in attention.items()
+        }
+    elif is_preset_name(attention):
+        preset = pick_preset(attention, given.get("mesh"))
+        given = _merge(preset, given)
+    return RingOptions.from_user(given, mode)
+
+
+def is_preset_name(attention: object) -> bool:
+    """Whether it is a name, and not that of exact attention."""
+    return isinstance(attention, str) and attention != "exact"
+
+
+def pick_preset(
+    name: object, mesh: object = None, config: RingAttentionConfig | None = None
+) -> Preset:
+    """The preset of a name; of ``"auto"`` the one that fits.
+
+    Raises:
+        OptionError: there is none of that name.
+    """
+    if name != "auto":
+        return find_preset(str(name))
+    preset, _ = choose_preset(config or RingAttentionConfig(), find_hardware(mesh))
+    return preset
+
+
+def find_hardware(mesh: object = None) -> Hardware:
+    """What this process runs on; torchrun says how many ranks a host has."""
+    cp_size = find_ranks(mesh).size
+    per_node = Environment.read().ranks_per_node or torch.cuda.device_count()
+    return Hardware(cp_size, per_node) if per_node else Hardware(cp_size)
+
+
+def _merge(preset: Preset, given: dict[str, object]) -> dict[str, object]:
+    """The preset's options under the user's; they must not contradict each other."""
+    merged = preset.options()
+    for name, value in given.items():
+        own = preset.compile_options.get(name, value)
+        if name != "attention" and value not in (own, "auto"):
+            raise OptionError(
+                f"{name}={value!r} with attention={preset.name!r}",
+                at="options",
+                because=f"that preset has {name}={own!r}",
+                instead=f"leave {name} out, or another preset",
+            )
+        if name not in {"attention", *preset.compile_options}:
+            merged[name] = value
+    return merged
+
+
+def _find_pattern(glob: object, value: object) -> object:
+    """The pattern of a preset, for some modules; it must be nothing but a pattern."""
+    if not is_preset_name(value):
+        return value
+    preset = pick_preset(value)
+    if preset.compile_options:
+        raise OptionError(
+            f"attention={{{glob!r}: {value!r}}}",
+            at="options",
+            because="that preset has options of the whole model: "
+            + ", ".join(f"{k}={v!r}" for k, v in preset.compile_options.items()),
+            instead=f"attention={value!r} for all modules, or its pattern alone",
+        )
+    return preset.options()["attention"]
