@@ -24,31 +24,47 @@ from ringcompile.errors import (
 if TYPE_CHECKING:
     from ringcompile import patterns
     from ringcompile.backend import rewrite
+    from ringcompile.modules import (
+        MultiheadRingAttention,
+        RingAttention,
+        create_ring_attention,
+    )
+    from ringcompile.preset import RingAttentionConfig, presets
     from ringcompile.report.explain import explain
     from ringcompile.report.report import Report
     from ringcompile.shards import shard, unshard
 
 __all__ = [
+    "MultiheadRingAttention",
     "OptionError",
     "PlanError",
     "RankMismatchError",
     "Report",
+    "RingAttention",
+    "RingAttentionConfig",
     "RingCompileError",
     "RingOptions",
     "ShardingError",
     "TransportError",
     "UnsupportedAttentionError",
+    "create_ring_attention",
     "explain",
     "patterns",
+    "presets",
     "rewrite",
     "shard",
     "unshard",
 ]
 
 _LATER = {
+    "MultiheadRingAttention": "ringcompile.modules",
     "Report": "ringcompile.report.report",
+    "RingAttention": "ringcompile.modules",
+    "RingAttentionConfig": "ringcompile.preset",
+    "create_ring_attention": "ringcompile.modules",
     "explain": "ringcompile.report.explain",
     "patterns": "",
+    "presets": "ringcompile.preset",
     "rewrite": "ringcompile.backend",
     "shard": "ringcompile.shards",
     "unshard": "ringcompile.shards",

@@ -17,7 +17,7 @@ from ringcompile.mesh import Ranks, find_ranks
 from ringcompile.passes.artifacts import emit_artifacts
 from ringcompile.passes.pipeline import Rewritten, run_passes
 from ringcompile.plan.check import check_schedule
-from ringcompile.presets import read_options
+from ringcompile.preset import read_options
 from ringcompile.torch_private import compile_with_inductor, mode_patches
 from ringcompile.verify import agree_at_first_call
 

@@ -28,7 +28,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "errors",
         "config mesh",
         "ir",
-        "patterns presets plan reference",
+        "patterns preset plan reference",
         "ops torch_private",
         "passes lowering",
         "services verify backend",

@@ -36,7 +36,7 @@ def test_defaults_are_those_of_the_design() -> None:
     assert options == RingOptions()
     assert_expected_inline(
         str(options),
-        """RingOptions(mesh=None, attention='exact', layout='auto', inputs='replicated', outputs='gathered', grads='summed', local_scale='mean', unsupported='gather', kernel='auto', transport='auto', stages='auto', block_order='natural', verify='plan', timeout_s=600.0, inductor=(), mode=None)""",
+        """RingOptions(mesh=None, attention='exact', layout='auto', inputs='replicated', outputs='gathered', grads='summed', local_scale='mean', unsupported='gather', kernel='auto', transport='auto', stages='auto', block_order='natural', hilbert_level=None, verify='plan', timeout_s=600.0, inductor=(), mode=None)""",
     )
 
 
@@ -47,7 +47,7 @@ BUILT: dict[str, object] = {
     "grads": "local",
     "local_scale": "sum",
     "unsupported": "error",
-    "kernel": "auto",
+    "kernel": "math",
     "transport": "p2p",
     "stages": 2,
     "verify": "off",
@@ -97,7 +97,7 @@ def test_a_wrong_pattern_of_a_module_is_named() -> None:
         """\
 attention['*.1.*']='longnet'
   at: options
-  because: it is neither 'exact' nor a pattern, and presets by name are not built yet
+  because: it is neither 'exact' nor a pattern
   instead: 'exact', or a pattern object of ringcompile.patterns""",
     )
 
@@ -117,7 +117,7 @@ def test_unknown_key_names_the_nearest() -> None:
         """\
 unknown option 'layuot'
   at: options
-  because: the options are mesh, attention, layout, inputs, outputs, grads, local_scale, unsupported, kernel, transport, stages, block_order, verify, timeout_s, inductor
+  because: the options are mesh, attention, layout, inputs, outputs, grads, local_scale, unsupported, kernel, transport, stages, block_order, hilbert_level, verify, timeout_s, inductor
   instead: did you mean 'layout'?""",
     )
 
@@ -151,10 +151,8 @@ transport='copy_engine'
         {"kernel": "flex"},
         {"kernel": "cudnn"},
         {"kernel": "flash"},
-        {"kernel": "math"},
         {"transport": "copy_engine"},
         {"verify": "numeric"},
-        {"attention": "longnet"},
     ],
     ids=str,
 )
@@ -171,10 +169,14 @@ def test_later_features_are_refused(options: dict[str, object]) -> None:
         {"layout": 3},
         {"layout": None},
         {"attention": "exakt"},
+        {"attention": "longnet"},
         {"attention": 7},
         {"attention": Unhashable()},
         {"stages": 0},
         {"stages": True},
+        {"hilbert_level": 3},
+        {"layout": "hilbert", "hilbert_level": -1},
+        {"layout": "hilbert", "hilbert_level": True},
         {"stages": "many"},
         {"timeout_s": 0},
         {"timeout_s": "600"},

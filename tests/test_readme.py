@@ -14,6 +14,7 @@ import pytest
 from ringcompile import config
 from ringcompile.config import RingOptions
 from ringcompile.errors import OptionError
+from ringcompile.preset import presets
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -63,7 +64,7 @@ def test_all_options_are_listed_with_their_defaults() -> None:
     own = {f.name: f.default for f in fields(RingOptions) if f.name != "mode"}
     told = {name: quoted(default) for name, (_, default) in option_rows().items()}
     own["inductor"] = {}  # kept as pairs
-    assert told == {name: [value] for name, value in own.items()} | {"mesh": []}
+    assert told == {n: [] if value is None else [value] for n, value in own.items()}
 
 
 @pytest.mark.parametrize(
@@ -97,6 +98,13 @@ def test_names_of_the_package_exist() -> None:
     package = importlib.import_module("ringcompile")
     for name in sorted(set(re.findall(r"\bringcompile\.(\w+)\(", README))):
         assert callable(getattr(package, name)), name
+
+
+def test_presets_are_told() -> None:
+    told = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", README, flags=re.MULTILINE))
+    for name, preset in presets().items():
+        assert told[name] == preset.means
+    assert "auto" in told
 
 
 def test_code_is_python() -> None:

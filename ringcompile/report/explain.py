@@ -15,7 +15,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ringcompile.errors import RingCompileError
-from ringcompile.presets import read_options
+from ringcompile.preset import explain_presets, read_options
 from ringcompile.report.read import GraphReader
 from ringcompile.report.records import GraphReport
 from ringcompile.report.report import Report
@@ -52,7 +52,11 @@ def explain(
         raise ValueError(message)
     chosen = dict(options or {})
     chosen.pop("mesh", None)
-    reader = GraphReader(read_options(chosen | {"unsupported": "gather"}), world_size)
+    reader = GraphReader(
+        read_options(chosen | {"unsupported": "gather"}),
+        world_size,
+        notes=explain_presets(chosen, world_size),
+    )
     read_options(chosen)  # "unsupported" is checked too
     graphs: list[GraphReport] = []
     errors: list[RingCompileError] = []

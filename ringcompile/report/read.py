@@ -38,10 +38,12 @@ class GraphReader:
     Attributes:
         options: the user's.
         world_size: the number of ranks.
+        notes: what is told of every graph.
     """
 
     options: RingOptions
     world_size: int
+    notes: tuple[str, ...] = ()
 
     def read(self, gm: GraphModule, example_inputs: Sequence[object]) -> GraphReport:
         """Report on one graph; it is left as it is.
@@ -67,7 +69,7 @@ class GraphReader:
             schedules=schedules,
             traffic=_sum_traffic(schedules, trial, self.world_size),
             memory=_read_memory(made, trial),
-            notes=tuple(_read_notes(made)),
+            notes=(*self.notes, *_read_notes(made)),
             format_passes=lambda rank: texts if rank == 0 else format_passes(rank),
         )
 

@@ -85,6 +85,7 @@ def test_the_text_of_a_plan() -> None:
 {"block_order":"natural",
 "group_name":"0",
 "index":3,
+"kernel":"auto",
 "name":"layer",
 "rank":0,
 "scale":0.1,

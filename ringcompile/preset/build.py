@@ -18,7 +18,7 @@ from ringcompile.patterns import (
     MaskPattern,
     Pattern,
 )
-from ringcompile.presets.config import RingAttentionConfig
+from ringcompile.preset.config import RingAttentionConfig
 
 # LongNet's ratio of 4 between neighbours, shortened (arXiv 2307.02486 section 4.2).
 SEGMENTS, RATES = (2048, 4096, 8192), (1, 2, 4)

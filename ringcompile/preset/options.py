@@ -7,9 +7,9 @@ import torch
 from ringcompile.config import Environment, RingOptions
 from ringcompile.errors import OptionError
 from ringcompile.mesh import find_ranks
-from ringcompile.presets.choose import Hardware, choose_preset
-from ringcompile.presets.config import RingAttentionConfig
-from ringcompile.presets.table import Preset, find_preset
+from ringcompile.preset.choose import Hardware, choose_preset
+from ringcompile.preset.config import RingAttentionConfig
+from ringcompile.preset.table import Preset, find_preset
 
 
 def read_options(
@@ -32,7 +32,7 @@ def read_options(
             glob: _find_pattern(glob, value) for glob, value in attention.items()
         }
     elif is_preset_name(attention):
-        preset = pick_preset(attention, given.get("mesh"))
+        preset, _ = pick_preset(attention, find_hardware(given.get("mesh")))
         given = _merge(preset, given)
     return RingOptions.from_user(given, mode)
 
@@ -43,17 +43,38 @@ def is_preset_name(attention: object) -> bool:
 
 
 def pick_preset(
-    name: object, mesh: object = None, config: RingAttentionConfig | None = None
-) -> Preset:
+    name: object,
+    hardware: Hardware | None = None,
+    config: RingAttentionConfig | None = None,
+) -> tuple[Preset, str]:
     """The preset of a name; of ``"auto"`` the one that fits.
+
+    Args:
+        name: of a preset, a class name of the original, or ``"auto"``.
+        hardware: what there is; None: what this process finds.
+        config: what is asked for; None: the defaults.
+
+    Returns:
+        The preset, and of ``"auto"`` the reason, else nothing.
 
     Raises:
         OptionError: there is none of that name.
     """
     if name != "auto":
-        return find_preset(str(name))
-    preset, _ = choose_preset(config or RingAttentionConfig(), find_hardware(mesh))
-    return preset
+        return find_preset(str(name)), ""
+    return choose_preset(config or RingAttentionConfig(), hardware or find_hardware())
+
+
+def explain_presets(options: Mapping[str, object], world_size: int) -> tuple[str, ...]:
+    """What to tell of the presets that options name: choices, and what is left out."""
+    attention = options.get("attention")
+    values = attention.values() if isinstance(attention, Mapping) else (attention,)
+    notes = []
+    for name in filter(is_preset_name, values):
+        preset, reason = pick_preset(name, Hardware(world_size))
+        notes += [f"attention='auto' is {reason}"] if reason else []
+        notes += [preset.note()] if preset.services_off else []
+    return tuple(notes)
 
 
 def find_hardware(mesh: object = None) -> Hardware:
@@ -84,7 +105,7 @@ def _find_pattern(glob: object, value: object) -> object:
     """The pattern of a preset, for some modules; it must be nothing but a pattern."""
     if not is_preset_name(value):
         return value
-    preset = pick_preset(value)
+    preset, _ = pick_preset(value)
     if preset.compile_options:
         raise OptionError(
             f"attention={{{glob!r}: {value!r}}}",

@@ -7,8 +7,8 @@ holds decides, and its reason is told.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ringcompile.presets.config import RingAttentionConfig
-from ringcompile.presets.table import Preset, presets
+from ringcompile.preset.config import RingAttentionConfig
+from ringcompile.preset.table import Preset, presets
 
 _BLOCK_WORDS = ("pattern_type", "window_size", "global_tokens", "sparsity_ratio")
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from ringcompile.errors import OptionError
-from ringcompile.presets import build
-from ringcompile.presets.config import NOT_BUILT, RingAttentionConfig, changed_fields
+from ringcompile.preset import build
+from ringcompile.preset.config import NOT_BUILT, RingAttentionConfig, changed_fields
 
 # What every preset reads: how it runs, and what of the module around it is known.
 _COMMON = frozenset(

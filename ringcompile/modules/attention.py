@@ -1,0 +1,124 @@
+"""A preset as a module."""
+
+import torch
+from torch import Tensor, nn
+
+from ringcompile.errors import OptionError
+from ringcompile.modules.heads import attend_heads, split_mask
+from ringcompile.modules.runner import make_runner, require_compiled
+from ringcompile.preset import Preset, RingAttentionConfig
+
+
+class RingAttention(nn.Module):
+    """Attention of a preset over the ranks of a mesh.
+
+    Not part of a larger compiled graph: Dynamo breaks the graph here, and the module
+    compiles by itself. To cut a whole model, compile it with the backend instead, with
+    ``options=presets()[name].options(config)``.
+
+    Args:
+        preset: which system.
+        config: what it is made from.
+        mesh: 1-D ``DeviceMesh``, process group, or None for the default group.
+        layer: number of the layer that it is for.
+        reason: why it was chosen.
+    """
+
+    def __init__(
+        self,
+        preset: Preset,
+        config: RingAttentionConfig,
+        *,
+        mesh: object = None,
+        layer: int = 0,
+        reason: str = "",
+    ) -> None:
+        super().__init__()
+        self.preset = preset.name
+        self.reason = reason
+        self.note = preset.note()
+        self._runner = make_runner(
+            preset.options(config), config, mesh=mesh, layer=layer, name=preset.name
+        )
+
+    @torch.compiler.disable
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        is_causal: bool = False,
+        attn_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend; the same full tensors on every rank.
+
+        Masks are those of ``nn.MultiheadAttention``: **true marks what is not seen**.
+
+        Args:
+            q: ``(B, S, H, D)``.
+            k: ``(B, S, G, D)``, H a multiple of G.
+            v: ``(B, S, G, E)``.
+            is_causal: whether no query sees a later key, on top of the masks.
+            attn_mask: bool ``(S, S)``, ``(B * H, S, S)`` or what broadcasts to
+                ``(B, H, S, S)``; or float, of 0 and -inf. Other floats are added to the
+                scores where attention is exact, and refused under a pattern.
+            key_padding_mask: bool ``(B, S)``, of keys.
+
+        Returns:
+            ``(B, S, H, E)``; 0 in rows that see no key.
+
+        Raises:
+            OptionError: shapes do not fit each other or the configuration.
+            UnsupportedAttentionError: a mask or bias can't be carried.
+        """
+        config, heads = self._runner.config, q.shape[2:3].numel()
+        _check_shapes(q, k, v, config, at=self.preset)
+        hidden, bias = split_mask(attn_mask, self._runner, q.shape[0], heads)
+        masks = (hidden, bias, key_padding_mask, is_causal)
+        return self._runner.run(_attend, q, k, v, *masks, training=self.training)
+
+    def extra_repr(self) -> str:
+        """The preset, and what was chosen or left out."""
+        return "; ".join(filter(None, (self.preset, self.reason, self.note)))
+
+
+def _attend(  # noqa: PLR0913, PLR0917 - tensors and masks
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    hidden: Tensor | None,
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+) -> Tensor:
+    require_compiled()
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = attend_heads(q, k, v, (hidden, bias, key_padding_mask), is_causal=is_causal)
+    return out.transpose(1, 2)
+
+
+def _check_shapes(
+    q: Tensor, k: Tensor, v: Tensor, config: RingAttentionConfig, *, at: str
+) -> None:
+    shapes = [tuple(x.shape) for x in (q, k, v)]
+    is_4d = all(len(shape) == 4 for shape in shapes)  # noqa: PLR2004
+    if not is_4d or q.shape[2] % k.shape[2] or k.shape[:3] != v.shape[:3]:
+        raise OptionError(
+            f"q {shapes[0]}, k {shapes[1]}, v {shapes[2]}",
+            at=at,
+            because="they are (batch, tokens, heads, head size), and query heads are a "
+            "multiple of those of k and v",
+            instead="x.unflatten(-1, (heads, -1)), without a transpose",
+        )
+    H, D = q.shape[2:]
+    width = config.embed_dim
+    if config.num_heads not in {None, H} or width not in {None, H * D}:
+        raise OptionError(
+            f"{H} heads of {D}",
+            at=at,
+            because=f"the configuration says num_heads={config.num_heads} and "
+            f"embed_dim={width}",
+            instead="tensors of that many heads, or leave the numbers out",
+        )

@@ -1,0 +1,143 @@
+"""How a module's function is run: compiled, checkpointed, its gradients watched.
+
+Invariant: what a module was asked for is never lost: code that was not compiled raises
+instead of running dense.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from types import FunctionType
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ringcompile.config import RingOptions
+from ringcompile.errors import OptionError, RingCompileError
+from ringcompile.mesh import find_ranks
+from ringcompile.preset import RingAttentionConfig, read_options
+from ringcompile.torch_private import mode_patches
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """How a module's function is run: compiled once for all modules of equal options.
+
+    Attributes:
+        options: the backend's.
+        config: the rest of what was asked for.
+        layer: number of the layer.
+        name: what errors call the module.
+    """
+
+    options: RingOptions
+    config: RingAttentionConfig
+    layer: int
+    name: str
+    rank: int = field(default=0)
+
+    def __deepcopy__(self, _memo: object) -> "Runner":
+        return self  # a process group can't be copied, and nothing here changes
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether no pattern is put on top of the user's mask."""
+        return self.options.is_exact
+
+    def run(
+        self, function: Callable[..., Tensor], *args: object, training: bool
+    ) -> Tensor:
+        """Call ``function`` compiled, tensors that are to be watched first."""
+        compiled = _compile(function, self.options)
+        if self.config.validate_gradients:
+            args = tuple(self._watch(x) for x in args)
+        config = self.config
+        if not (training and config.use_checkpointing):
+            return compiled(*args)
+        if self.layer % config.checkpoint_frequency:
+            return compiled(*args)
+        out: Tensor = checkpoint(compiled, *args, use_reentrant=False)
+        return out
+
+    def _watch(self, x: object) -> object:
+        """The same tensor, whose gradient raises if it is not finite."""
+        if not (isinstance(x, Tensor) and x.requires_grad):
+            return x
+        x = x.view_as(x)  # a hook on the user's own tensor would stay there
+        x.register_hook(self._require_finite)
+        return x
+
+    def _require_finite(self, grad: Tensor) -> None:
+        bad = ~grad.isfinite()
+        if bad.any():
+            first = tuple(bad.nonzero()[0].tolist())
+            raise RingCompileError(
+                f"{int(bad.sum())} of {grad.numel()} gradients are not finite",
+                at=f"rank {self.rank}, {self.name}, layer {self.layer}, "
+                f"a gradient of shape {tuple(grad.shape)}, first at {first}",
+                because="validate_gradients=True checks what backward gives",
+                instead="look for the step whose loss or scores overflow",
+            )
+
+
+def make_runner(
+    options: Mapping[str, object],
+    config: RingAttentionConfig,
+    *,
+    mesh: object,
+    layer: int,
+    name: str,
+) -> Runner:
+    """Read what a module was asked for.
+
+    Raises:
+        OptionError: the options are off, or there are other ranks than ``ring_size``.
+    """
+    ranks = find_ranks(mesh)
+    if config.ring_size not in {None, ranks.size}:
+        raise OptionError(
+            f"ring_size={config.ring_size} over {ranks.size} ranks",
+            at=name,
+            because="the ring goes over all ranks of its mesh",
+            instead=f"ring_size={ranks.size}, or a mesh of {config.ring_size} ranks",
+        )
+    given: dict[str, object] = {"mesh": mesh, **options}
+    if config.compile_mode is not None:
+        given["inductor"] = mode_patches(config.compile_mode)
+    read = read_options(given)
+    if not read.is_exact:  # gathered, it would run without its pattern
+        read = read_options(given | {"unsupported": "error"})
+    return Runner(read, config, layer, name, ranks.rank)
+
+
+@lru_cache(maxsize=256)
+def _compile(
+    function: Callable[..., Tensor], options: RingOptions
+) -> Callable[..., Tensor]:
+    """The function compiled; Dynamo counts what it compiled by code object."""
+    assert isinstance(function, FunctionType), "a function of this module"
+    own = FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__
+    )
+    given = {
+        name: getattr(options, name)
+        for name in RingOptions.__dataclass_fields__
+        if name not in {"mode", "local_scale"}
+    }
+    given["inductor"] = options.inductor_patches
+    compiled: Callable[..., Tensor] = torch.compile(
+        own, backend="ring", options=given, fullgraph=True
+    )
+    return compiled
+
+
+def require_compiled() -> None:
+    """Raise where Dynamo passed over the code and it runs eagerly."""
+    if not torch.compiler.is_compiling():
+        raise RingCompileError(
+            "ring attention in code that was not compiled",
+            at="ringcompile.modules",
+            because="run eagerly it would be dense attention on every rank",
+            instead="let Dynamo compile: no force_eager, no TORCH_COMPILE_DISABLE",
+        )
