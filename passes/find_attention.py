@@ -18,7 +18,7 @@ from ringcompile.ir.mask import EmptyRow, Mask, at_least_zero, negate
 from ringcompile.passes.find_softmax import find_spelled
 from ringcompile.passes.op import Op, read_op, shape_of
 from ringcompile.passes.operands import find_operands
-from ringcompile.passes.parts import Parts, Refused, check_operands
+from ringcompile.passes.parts import Parts, Refused, check_dropout, check_operands
 from ringcompile.passes.read_mask import MaskReader
 from ringcompile.passes.read_score import Score
 from ringcompile.passes.read_spelled import read_spelled
@@ -85,15 +85,24 @@ def _build_region(masks: MaskReader, parts: Parts) -> Region:
     empty_row = EmptyRow.ZERO
     if read.may_be_empty:
         empty_row = _find_empty_row(parts)
+    if parts.dropout and empty_row in {EmptyRow.MEAN_ALL, EmptyRow.MEAN_FILLED}:
+        raise Refused(
+            f"attention with dropout p={parts.dropout} of its weights",
+            because="a query may have no key, and finfo.min then gives it the mean of "
+            "all values, of which some would be dropped",
+            instead="a bool mask, or one that keeps a key for each query",
+        )
+    seeds = 1 if parts.dropout else 0
     return Region(
         output=parts.output,
         q=parts.q,
         k=parts.k,
         v=parts.v,
         scale=parts.score.scale,
-        mask=Mask(read.keeps, len(read.captures), empty_row),
+        mask=Mask(read.keeps, len(read.captures) + seeds, empty_row),
         captures=read.captures,
         where=where(parts.output),
+        dropout=parts.dropout,
     )
 
 
@@ -114,13 +123,7 @@ def _read_sdpa(reader: Reader, op: Op) -> Parts:
     """Read every argument; a query with only -inf scores gives 0 (by experiment)."""
     q, k, v = (op.args[name] for name in ("query", "key", "value"))
     check_operands(op.node, q, k, v)
-    dropout = read_scalar(op.args["dropout_p"])
-    if dropout != 0:
-        raise Refused(
-            f"attention with dropout_p={dropout}",
-            because="dropout of weights isn't built yet",
-            instead="drop out the attention's output instead of its weights",
-        )
+    dropout = check_dropout(float(read_scalar(op.args["dropout_p"])))
     heads, kv_heads = shape_of(q)[1], shape_of(k)[1]
     if not op.args["enable_gqa"] and kv_heads not in (1, heads):
         raise Refused(
@@ -130,7 +133,7 @@ def _read_sdpa(reader: Reader, op: Op) -> Parts:
         )
     score = _read_sdpa_score(reader, op)
     operands = find_operands(reader, q, k, v)
-    return Parts(op.node, *operands, score, infinite=EmptyRow.ZERO)
+    return Parts(op.node, *operands, score, EmptyRow.ZERO, dropout)
 
 
 def _read_sdpa_score(reader: Reader, op: Op) -> Score:

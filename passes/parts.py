@@ -37,6 +37,7 @@ class Parts:
         score: how scores are scaled and masked.
         infinite: what a query gives whose scores are all -inf; None if a query without
             keys gives what no ring can.
+        dropout: share of weights that are dropped.
     """
 
     output: Node
@@ -45,6 +46,18 @@ class Parts:
     v: Operand
     score: Score
     infinite: EmptyRow | None
+    dropout: float = 0.0
+
+
+def check_dropout(rate: float) -> float:
+    """Refuse what would divide by zero; else the rate."""
+    if rate >= 1:
+        raise Refused(
+            f"attention with dropout p={rate} of its weights",
+            because="what is kept is divided by 1 - p",
+            instead="a p below 1",
+        )
+    return rate
 
 
 def check_operands(

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from ringcompile.config import RingOptions
 from ringcompile.errors import OptionError, UnsupportedAttentionError
-from ringcompile.ir.attention import RankPlan
+from ringcompile.ir.attention import Dropout, RankPlan
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.mask import causal, conjuncts
 from ringcompile.ir.reshard import ReshardSpec, format_spec
@@ -91,6 +91,7 @@ class Rewritten:
         text = "\n".join(
             f"{a.plan.index} {a.plan.scale!r} {a.plan.group_name} {a.plan.sources}"
             f" {a.plan.schedule!r} {a.plan.block_order} {a.plan.kernel}"
+            f" {a.plan.dropout!r}"
             for a in self.attentions
         )
         return hashlib.sha256(text.encode()).hexdigest()
@@ -328,6 +329,7 @@ class _Planner:
                 sources=self._sources,
                 block_order=self._options.block_order,
                 kernel=self._options.kernel,
+                dropout=_plan_dropout(region),
             )
             planned[node] = PlannedAttention(
                 region, attention.pattern, plan, self._reasons[number]
@@ -364,6 +366,13 @@ class _Planner:
         except DependsOnLength:
             length = int(axis.length)
             return build_schedule(parts, axis.layout, length, num_stages=num_stages)
+
+
+def _plan_dropout(region: Region) -> Dropout | None:
+    """The seed comes behind what the mask reads."""
+    if not region.dropout:
+        return None
+    return Dropout(region.dropout, seed=len(region.captures))
 
 
 def _settle_length(length: int | SymInt, layout: Layout) -> tuple[int | SymInt, bool]:

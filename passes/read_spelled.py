@@ -17,7 +17,7 @@ from ringcompile.passes.find_softmax import (
 )
 from ringcompile.passes.op import Op, read_op, shape_of
 from ringcompile.passes.operands import find_operands
-from ringcompile.passes.parts import Parts, Refused, check_operands
+from ringcompile.passes.parts import Parts, Refused, check_dropout, check_operands
 from ringcompile.passes.read_score import Score
 from ringcompile.passes.read_values import Reader
 from ringcompile.passes.symbolic import Unreadable, Value, read_truth
@@ -39,6 +39,7 @@ def read_spelled(reader: Reader, spelled: Spelled) -> Parts:
     product, output = spelled.way_down[0], spelled.outputs[0]
     q, k = _read_factors(product)
     _check_weights(spelled)
+    dropout = _read_dropout(spelled)
     weights, v = _read_factors(output)
     if weights not in (spelled.softmax.weights, *spelled.way_out):
         raise Refused(
@@ -54,7 +55,7 @@ def read_spelled(reader: Reader, spelled: Spelled) -> Parts:
     operands = find_operands(reader, q, k, v, k_transposed=True)
     score = score.cast(spelled.softmax.weights.meta["val"].dtype)
     infinite = EmptyRow.NAN if spelled.softmax.is_one_op else None
-    return Parts(output, *operands, score, infinite)
+    return Parts(output, *operands, score, infinite, dropout)
 
 
 def _read_factors(product: Node) -> tuple[Node, Node]:
@@ -105,17 +106,24 @@ def _check_weights(spelled: Spelled) -> None:
             because="a ring never holds the weights of all keys at once",
             instead="don't return or change the weights (output_attentions=False)",
         )
-    for node in spelled.way_out:
-        op = read_op(node)
-        assert op is not None, "the way out leads over ops"
-        if op.packet is aten.dropout and op.args["train"]:
-            rate = read_scalar(op.args["p"])
-            if rate != 0:
-                raise Refused(
-                    f"attention with dropout p={rate} of its weights",
-                    because="dropout of weights isn't built yet",
-                    instead="drop out the attention's output instead of its weights",
-                )
+
+
+def _read_dropout(spelled: Spelled) -> float:
+    """The share of weights that are dropped between softmax and product."""
+    ops = [op for node in spelled.way_out if (op := read_op(node)) is not None]
+    rates = [
+        check_dropout(float(read_scalar(op.args["p"])))
+        for op in ops
+        if op.packet is aten.dropout and op.args["train"]
+    ]
+    given = [rate for rate in rates if rate != 0]
+    if len(given) > 1:
+        raise Refused(
+            f"attention with dropouts p={given} of its weights",
+            because="one is carried",
+            instead="one dropout",
+        )
+    return given[0] if given else 0.0
 
 
 # ---- one step from Q.K to softmax ----------------------------------------------------

@@ -38,6 +38,7 @@ class Region:
         mask: the pairs that count, over captures.
         captures: ``captures[i]`` is the small integer or bool node read as ``ci``.
         where: the user's ``file:line`` and the node's name.
+        dropout: share of weights that are dropped.
     """
 
     output: Node
@@ -48,6 +49,7 @@ class Region:
     mask: Mask
     captures: tuple[Node, ...]
     where: str
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

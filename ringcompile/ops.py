@@ -30,6 +30,7 @@ LIBRARY = torch.library.Library("ringcompile", "DEF")
 #                   for no row, `mask` is text of a `Mask`. out and lse are float32, or
 #                   float64 for float64. The backward takes the merged out and lse.
 #                   `block_order` is `natural` or `hilbert` (SEMANTICS.md 4b).
+#                   `dropout` of weights; `seed` is the capture that holds its seed.
 #   block_gradients gradients of the scores, summed over blocks of queries and keys:
 #                   (B, H, num_blocks, num_blocks).
 _SCHEMAS = """
@@ -58,13 +59,15 @@ choose_blocks(Tensor scores, Tensor has_key, int count, bool is_causal) -> Tenso
 
 masked_attention(Tensor q, Tensor k, Tensor v, Tensor q_pos, Tensor k_pos,
     Tensor[] captures, *, str mask, float scale,
-    str block_order="natural") -> (Tensor out, Tensor lse);
+    str block_order="natural", float dropout=0.0,
+    int seed=-1) -> (Tensor out, Tensor lse);
 masked_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out,
     Tensor lse, Tensor q_pos, Tensor k_pos, Tensor[] captures, *, str mask,
-    float scale, str block_order="natural") -> (Tensor dq, Tensor dk, Tensor dv);
+    float scale, str block_order="natural", float dropout=0.0,
+    int seed=-1) -> (Tensor dq, Tensor dk, Tensor dv);
 block_gradients(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
     Tensor q_pos, Tensor k_pos, Tensor[] captures, SymInt num_blocks, int block, *,
-    str mask, float scale) -> Tensor;
+    str mask, float scale, float dropout=0.0, int seed=-1) -> Tensor;
 """
 
 for _schema in _SCHEMAS.split(";")[:-1]:

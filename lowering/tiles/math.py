@@ -7,7 +7,7 @@ so none grows faster than linearly in S.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MappingProxyType
 
 import torch
@@ -18,6 +18,7 @@ from ringcompile.ir.evaluate import evaluate
 from ringcompile.ir.hilbert import order_blocks
 from ringcompile.ir.mask import Mask
 from ringcompile.ir.text import parse_mask
+from ringcompile.lowering.tiles.dropout import find_kept
 
 _Q_ROWS = 128
 _KV_ROWS = 1024
@@ -50,6 +51,8 @@ class _Tile:
         k_pos: ``(H or 1, m)``, one row per *query* head.
         captures: what the mask reads.
         mask: which pairs count.
+        dropout: share of weights that are dropped.
+        seed: number of the capture that holds the seed of those.
     """
 
     q: Tensor
@@ -59,6 +62,8 @@ class _Tile:
     k_pos: Tensor
     captures: Sequence[Tensor]
     mask: Mask
+    dropout: float = 0.0
+    seed: int = -1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,12 +93,23 @@ class _Tile:
         """Which pairs of a block count; broadcasts to ``(B, H, i, j)``."""
         q_pos = self.q_pos[None, :, i, None]
         k_pos = self.k_pos[None, :, None, j]
+        keeps = evaluate(self.mask.keeps, self._at(i, j), self.captures)
+        return keeps.to(self.q.device) & (q_pos >= 0) & (k_pos >= 0)
+
+    def drop(self, weights: Tensor, i: slice, j: slice) -> Tensor:
+        """Weights of a block, or gradients of those, after dropout."""
+        if not self.dropout:
+            return weights
+        kept = find_kept(self.captures[self.seed], self._at(i, j), self.dropout)
+        return weights.masked_fill(~kept, 0.0) / (1 - self.dropout)
+
+    def _at(self, i: slice, j: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Where each pair of a block stands: batch, query head, query, key."""
         device = self.q.device
         b = torch.arange(self.q.shape[0], device=device).view(-1, 1, 1, 1)
         h = torch.arange(self.q.shape[1], device=device).view(1, -1, 1, 1)
-        at = (b, h, q_pos.clamp(min=0), k_pos.clamp(min=0))
-        keeps = evaluate(self.mask.keeps, at, self.captures).to(device)
-        return keeps & (q_pos >= 0) & (k_pos >= 0)
+        q_pos = self.q_pos[None, :, i, None].clamp(min=0)
+        return b, h, q_pos, self.k_pos[None, :, None, j].clamp(min=0)
 
 
 def _cut(rows: int, size: int) -> list[slice]:
@@ -123,9 +139,12 @@ def _masked_attention(  # noqa: PLR0913 - the op's schema
     mask: str,
     scale: float,
     block_order: str = "natural",
+    dropout: float = 0.0,
+    seed: int = -1,
 ) -> tuple[Tensor, Tensor]:
     k_pos = _per_query_head(k_pos, q.shape[1])
-    tile = _Tile(q, k, v, q_pos, k_pos, captures, _parse_mask(mask))
+    dropped = (dropout, seed)
+    tile = _Tile(q, k, v, q_pos, k_pos, captures, _parse_mask(mask), *dropped)
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=tile.dtype)
     top = q.new_full((*q.shape[:-1], 1), -torch.inf, dtype=tile.dtype)
     total = torch.zeros_like(top)
@@ -133,14 +152,21 @@ def _masked_attention(  # noqa: PLR0913 - the op's schema
         scores = tile.scores(i, j, scale)
         if scores is not None:
             rows = (out[:, :, i], top[:, :, i], total[:, :, i])
-            _add_keys(*rows, scores, v[:, :, j].to(tile.dtype))
+            drop = partial(tile.drop, i=i, j=j)
+            _add_keys(*rows, scores, v[:, :, j].to(tile.dtype), drop=drop)
     # Rows without a key: total is 0 and log gives the -inf that is meant.
     lse = top.masked_fill_(top == -torch.inf, 0.0) + total.log()
     return out.div_(total.masked_fill_(total == 0, 1.0)), lse.squeeze(-1)
 
 
 def _add_keys(
-    out: Tensor, top: Tensor, total: Tensor, scores: Tensor, v: Tensor
+    out: Tensor,
+    top: Tensor,
+    total: Tensor,
+    scores: Tensor,
+    v: Tensor,
+    *,
+    drop: Callable[[Tensor], Tensor],
 ) -> None:
     """Online softmax: add a block of keys to the running results of some rows.
 
@@ -150,13 +176,14 @@ def _add_keys(
         total: ``(B, H, i, 1)``, the sum of the weights; written.
         scores: ``(B, H, i, j)``; overwritten.
         v: ``(B, G, j, E)``.
+        drop: dropout of the weights that values are summed up with.
     """
     new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
     shift = new_top.masked_fill(new_top == -torch.inf, 0.0)
     weights = torch.exp_(scores - shift)
     shrink = torch.exp(top - shift)
     total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
-    added = _per_kv_head(weights, v.shape[1]) @ v
+    added = _per_kv_head(drop(weights), v.shape[1]) @ v
     out.mul_(shrink).add_(added.view(out.shape))
     top.copy_(new_top)
 
@@ -175,16 +202,19 @@ def _masked_attention_backward(  # noqa: PLR0913, PLR0917 - the op's schema
     mask: str,
     scale: float,
     block_order: str = "natural",
+    dropout: float = 0.0,
+    seed: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     k_pos = _per_query_head(k_pos, q.shape[1])
-    tile = _Tile(q, k, v, q_pos, k_pos, captures, _parse_mask(mask))
+    dropped = (dropout, seed)
+    tile = _Tile(q, k, v, q_pos, k_pos, captures, _parse_mask(mask), *dropped)
     dq, dk, dv = (x.new_zeros(x.shape, dtype=tile.dtype) for x in (q, k, v))
     G = k.shape[1]
     for i, j, weights, d_scores in _score_gradients(
         tile, grad_out, out, lse, scale=scale, block_order=block_order
     ):
         grad_i = _per_kv_head(grad_out[:, :, i].to(tile.dtype), G)
-        dv[:, :, j] += _per_kv_head(weights, G).mT @ grad_i
+        dv[:, :, j] += _per_kv_head(tile.drop(weights, i, j), G).mT @ grad_i
         d_products = _per_kv_head(d_scores * scale, G)
         dk[:, :, j] += d_products.mT @ _per_kv_head(q[:, :, i].to(tile.dtype), G)
         added = d_products @ k[:, :, j].to(tile.dtype)
@@ -215,6 +245,7 @@ def _score_gradients(
         weights = torch.exp_(scores - lse_i)
         grad_i = _per_kv_head(grad_i, G)
         d_weights = (grad_i @ tile.v[:, :, j].to(tile.dtype).mT).view_as(weights)
+        d_weights = tile.drop(d_weights, i, j)
         yield i, j, weights, weights * (d_weights - delta)
 
 
@@ -233,9 +264,12 @@ def _block_gradients(  # noqa: PLR0913, PLR0917 - the op's schema
     *,
     mask: str,
     scale: float,
+    dropout: float = 0.0,
+    seed: int = -1,
 ) -> Tensor:
     assert q_pos.shape[0] == k_pos.shape[0] == 1, "blocks are of all heads' rows"
-    tile = _Tile(q, k, v, q_pos, k_pos, captures, _parse_mask(mask))
+    dropped = (dropout, seed)
+    tile = _Tile(q, k, v, q_pos, k_pos, captures, _parse_mask(mask), *dropped)
     q_block, k_block = (x[0].clamp(min=0) // block for x in (q_pos, k_pos))
     shape = (*q.shape[:2], num_blocks, num_blocks)
     total = q.new_zeros(shape, dtype=tile.dtype)

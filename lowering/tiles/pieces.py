@@ -37,6 +37,7 @@ def attend_piece(
         mask=part.mask,
         scale=scale,
         block_order=part.frame.plan.block_order,
+        **_dropout(part),
     )
     return out, lse
 
@@ -69,6 +70,7 @@ def piece_gradients(
         mask=part.mask,
         scale=scale,
         block_order=part.frame.plan.block_order,
+        **_dropout(part),
     )
     return dq, dk, dv
 
@@ -97,6 +99,7 @@ class BlockSums:
                     *(*tensors, list(part.captures), self._num_blocks, choice.block),
                     mask=part.mask,
                     scale=plan.scale,
+                    **_dropout(part),
                 )
             )
 
@@ -105,10 +108,15 @@ class BlockSums:
         return reduce(torch.add, self._sums)
 
 
+def _dropout(part: PartProgram) -> dict[str, float]:
+    """What ops read of the weights that are dropped; nothing if none are."""
+    dropout = part.frame.plan.dropout
+    return {} if dropout is None else {"dropout": dropout.rate, "seed": dropout.seed}
+
+
 def _is_dense(part: PartProgram, piece: Piece) -> bool:
     """Whether a kernel without a mask computes it; that with one takes any piece."""
-    is_masked = piece.kernel is Kernel.MASKED
-    return not is_masked and part.frame.plan.kernel != "math"
+    return piece.kernel is not Kernel.MASKED and part.frame.plan.is_dense
 
 
 def _positions(

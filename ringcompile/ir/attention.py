@@ -6,6 +6,19 @@ from ringcompile.ir.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)
+class Dropout:
+    """Weights that are dropped, the others scaled up.
+
+    Attributes:
+        rate: share of weights that are dropped, below 1.
+        seed: number of the capture that holds the seed.
+    """
+
+    rate: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
 class RankPlan:
     """Everything ``ringcompile::ring_attention`` needs beside its tensors.
 
@@ -23,6 +36,7 @@ class RankPlan:
             ``natural``, query rows after query rows, or ``hilbert``, along the curve.
         kernel: ``auto``: dense tiles by the device's best kernel; ``math``: every tile
             by plain operators.
+        dropout: of weights; None if none is dropped.
     """
 
     index: int
@@ -35,3 +49,9 @@ class RankPlan:
     sources: str
     block_order: str = "natural"
     kernel: str = "auto"
+    dropout: Dropout | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether kernels without a mask may compute tiles in which all pairs count."""
+        return self.kernel != "math" and self.dropout is None

@@ -11,7 +11,7 @@ from typing import Any
 import sympy
 from sympy.core.function import AppliedUndef
 
-from ringcompile.ir.attention import RankPlan
+from ringcompile.ir.attention import Dropout, RankPlan
 from ringcompile.ir.layout import Edge, Layout
 from ringcompile.ir.mask import (
     FALSE,
@@ -58,6 +58,7 @@ def format_plan(plan: RankPlan) -> str:
             "sources": plan.sources,
             "block_order": plan.block_order,
             "kernel": plan.kernel,
+            "dropout": plan.dropout and [plan.dropout.rate, plan.dropout.seed],
         }
     )
 
@@ -66,6 +67,7 @@ def parse_plan(text: str) -> RankPlan:
     """Read a rank's plan back."""
     fields = json.loads(text)
     fields["schedule"] = _schedule_from_json(fields["schedule"])
+    fields["dropout"] = fields["dropout"] and Dropout(*fields["dropout"])
     return RankPlan(**fields)
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ringcompile.errors import OptionError
-from ringcompile.modules.heads import attend_heads, split_mask
+from ringcompile.modules.heads import Masking, attend_heads, split_mask
 from ringcompile.modules.runner import make_runner, require_compiled
 from ringcompile.preset import Preset, RingAttentionConfig
 
@@ -76,27 +76,19 @@ class RingAttention(nn.Module):
         config, heads = self._runner.config, q.shape[2:3].numel()
         _check_shapes(q, k, v, config, at=self.preset)
         hidden, bias = split_mask(attn_mask, self._runner, q.shape[0], heads)
-        masks = (hidden, bias, key_padding_mask, is_causal)
-        return self._runner.run(_attend, q, k, v, *masks, training=self.training)
+        dropout = config.dropout if self.training else 0.0
+        masking = Masking(hidden, bias, key_padding_mask, is_causal, dropout)
+        return self._runner.run(_attend, q, k, v, masking, training=self.training)
 
     def extra_repr(self) -> str:
         """The preset, and what was chosen or left out."""
         return "; ".join(filter(None, (self.preset, self.reason, self.note)))
 
 
-def _attend(  # noqa: PLR0913, PLR0917 - tensors and masks
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    hidden: Tensor | None,
-    bias: Tensor | None,
-    key_padding_mask: Tensor | None,
-    is_causal: bool,
-) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, masking: Masking) -> Tensor:
     require_compiled()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = attend_heads(q, k, v, (hidden, bias, key_padding_mask), is_causal=is_causal)
-    return out.transpose(1, 2)
+    return attend_heads(q, k, v, masking).transpose(1, 2)
 
 
 def _check_shapes(

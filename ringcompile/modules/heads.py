@@ -1,5 +1,7 @@
 """Attention over heads under the masks that modules take, as compiled code has it."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,16 +10,27 @@ from ringcompile.errors import OptionError
 from ringcompile.modules.runner import Runner
 
 
-def attend_heads(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    masks: tuple[Tensor | None, Tensor | None, Tensor | None],
-    *,
-    is_causal: bool,
-) -> Tensor:
+class Masking(NamedTuple):
+    """What happens to scores and weights.
+
+    Attributes:
+        hidden: bool, true where a pair is not seen; broadcasts to ``(B, H, S, S)``.
+        bias: float, added to the scores.
+        padding: bool ``(B, S)``, true where a key is not seen.
+        is_causal: whether no query sees a later key.
+        dropout: share of weights that are dropped.
+    """
+
+    hidden: Tensor | None
+    bias: Tensor | None
+    padding: Tensor | None
+    is_causal: bool
+    dropout: float
+
+
+def attend_heads(q: Tensor, k: Tensor, v: Tensor, masking: Masking) -> Tensor:
     """Over ``(B, H, S, D)``."""
-    hidden, bias, padding = masks
+    hidden, bias, padding, is_causal, dropout = masking
     seen = None if hidden is None else ~hidden
     if padding is not None:
         keys = ~padding[:, None, None, :]
@@ -32,6 +45,7 @@ def attend_heads(
     return F.scaled_dot_product_attention(
         *(q, k, v),
         attn_mask=seen,
+        dropout_p=dropout,
         is_causal=is_causal,
         enable_gqa=k.shape[1] != q.shape[1],
     )

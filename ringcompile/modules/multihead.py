@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ringcompile.errors import OptionError
-from ringcompile.modules.heads import attend_heads, split_mask
+from ringcompile.modules.heads import Masking, attend_heads, split_mask
 from ringcompile.modules.runner import make_runner, require_compiled
 from ringcompile.preset import RingAttentionConfig, find_hardware, pick_preset
 
@@ -24,7 +24,7 @@ class MultiheadRingAttention(nn.MultiheadAttention):
     Args:
         embed_dim: width of queries and of the output.
         num_heads: heads.
-        dropout: of weights; refused in training, as it is not built yet.
+        dropout: share of weights that training drops.
         bias: whether projections have one.
         kdim: width of keys; None: ``embed_dim``.
         vdim: width of values; None: ``embed_dim``.
@@ -112,11 +112,17 @@ class MultiheadRingAttention(nn.MultiheadAttention):
             The output, shaped as ``query``, and None for the weights.
 
         Raises:
-            OptionError: weights are asked for, or dropout in training.
+            OptionError: weights are asked for, or a mask is off.
             UnsupportedAttentionError: a mask or bias can't be carried.
         """
         del average_attn_weights
-        self._refuse(need_weights=need_weights)
+        if need_weights:
+            raise OptionError(
+                "need_weights=True",
+                at="MultiheadRingAttention",
+                because="the weights of all pairs are on no rank",
+                instead="need_weights=False",
+            )
         is_batched = query.dim() == 3  # noqa: PLR2004
         tensors = [query, key, value]
         if not is_batched:
@@ -136,33 +142,18 @@ class MultiheadRingAttention(nn.MultiheadAttention):
                 because="it says which keys are not seen",
                 instead="a bool mask, or attn_mask for a bias",
             )
+        dropout = self.dropout if self.training else 0.0
         out = self._runner.run(
             _attend_multihead,
             *tensors,
             *self._projections(),
             *(self.out_proj.weight, self.out_proj.bias),
-            *(self.num_heads, hidden, bias, padding, is_causal),
+            *(self.num_heads, Masking(hidden, bias, padding, is_causal, dropout)),
             training=self.training,
         )
         if not is_batched:
             return out[0], None
         return out if self.batch_first else out.transpose(0, 1), None
-
-    def _refuse(self, *, need_weights: bool) -> None:
-        if need_weights:
-            raise OptionError(
-                "need_weights=True",
-                at="MultiheadRingAttention",
-                because="the weights of all pairs are on no rank",
-                instead="need_weights=False",
-            )
-        if self.training and self.dropout > 0:
-            raise OptionError(
-                f"dropout={self.dropout} in training",
-                at="MultiheadRingAttention",
-                because="dropout of weights is not built yet",
-                instead="dropout=0.0, or dropout of the output",
-            )
 
     def _projections(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Weights of q, k and v, and their biases in one."""
@@ -183,10 +174,7 @@ def _attend_multihead(  # noqa: PLR0913, PLR0917 - tensors, weights and masks
     out_weight: Tensor,
     out_bias: Tensor | None,
     num_heads: int,
-    hidden: Tensor | None,
-    bias: Tensor | None,
-    key_padding_mask: Tensor | None,
-    is_causal: bool,
+    masking: Masking,
 ) -> Tensor:
     """Over ``(B, S, E)``."""
     require_compiled()
@@ -196,6 +184,5 @@ def _attend_multihead(  # noqa: PLR0913, PLR0917 - tensors, weights and masks
         F.linear(x, w, b).unflatten(-1, (num_heads, -1)).transpose(1, 2)
         for (x, w), b in zip(inputs, biases, strict=True)
     )
-    masks = (hidden, bias, key_padding_mask)
-    out = attend_heads(q, k, v, masks, is_causal=is_causal)
+    out = attend_heads(q, k, v, masking)
     return F.linear(out.transpose(1, 2).flatten(2), out_weight, out_bias)

@@ -46,7 +46,8 @@ class RingAttentionConfig:
             their heads against it.
         num_heads: query heads: of the multihead module; others hold theirs against it.
         bias: whether the multihead module's projections have one.
-        dropout: of attention's weights; not built yet.
+        dropout: share of attention's weights that training drops, below 1; every tile
+            is then computed by plain operators.
         ring_size: ranks that must be there; None: however many there are.
         communication_backend: how hops travel: the option ``transport``.
         overlap_communication: whether tiles are computed while the next ones' keys and
@@ -127,6 +128,13 @@ class RingAttentionConfig:
                     because="each segment length has one rate",
                     instead=f"as many {other}, or neither of both",
                 )
+        if not 0 <= self.dropout < 1:
+            raise OptionError(
+                f"dropout={self.dropout}",
+                at=_NAME,
+                because="weights that are kept are divided by 1 - dropout",
+                instead="a share of at least 0 and below 1",
+            )
         if self.sparsity_ratio is not None and self.window_size is not None:
             raise OptionError(
                 f"sparsity_ratio={self.sparsity_ratio} with "
@@ -214,7 +222,6 @@ class RingAttentionConfig:
 _NAME = RingAttentionConfig.__name__
 _DEFAULTS = {f.name: f.default for f in fields(RingAttentionConfig)}
 NOT_BUILT = (
-    "dropout",
     "enable_watchdog",
     "enable_error_recovery",
     "max_retry_attempts",

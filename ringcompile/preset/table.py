@@ -22,6 +22,7 @@ _COMMON = frozenset(
         "hilbert_curve_level",
         "embed_dim",
         "num_heads",
+        "dropout",
         "ring_size",
         "communication_backend",
         "overlap_communication",

@@ -131,6 +131,7 @@ def _read_planned(
         call_line=place.call_line,
         status="dense" if is_dense else "ring",
         mask=str(attention.region.mask),
+        dropout=f"{attention.region.dropout:g}" if attention.region.dropout else "",
         pattern=pattern,
         layout=str(attention.plan.schedule.layout) if is_cut else "",
         reason=attention.reason if is_cut else "one rank: nothing to cut",

@@ -23,6 +23,7 @@ class AttentionReport:
         status: ``ring``; ``gathered`` if it runs whole on every rank; ``dense`` if
             there is one rank and so nothing to cut.
         mask: the pairs that count, as read; empty if it was refused.
+        dropout: share of weights that are dropped; empty if none is.
         pattern: what was chosen on top of the mask; empty if it was refused.
         layout: which positions each rank holds; empty if nothing is cut.
         reason: why this layout, or why no ring, and what to do about it.
@@ -33,6 +34,7 @@ class AttentionReport:
     call_line: str
     status: Status
     mask: str = ""
+    dropout: str = ""
     pattern: str = ""
     layout: str = ""
     reason: str = ""

@@ -99,7 +99,7 @@ def _format_attentions(attentions: Sequence[AttentionReport]) -> Iterator[str]:
 
     def all_but_name(a: AttentionReport) -> tuple[str, ...]:
         lines = (a.where, a.call_line, a.status)
-        return (*lines, a.mask, a.pattern, a.layout, a.reason)
+        return (*lines, a.mask, a.dropout, a.pattern, a.layout, a.reason)
 
     for _, group in groupby(attentions, all_but_name):
         same = list(group)
@@ -111,6 +111,7 @@ def _format_attention(a: AttentionReport, names: Sequence[str]) -> str:
     rows = {
         "at": place if place == call else f"{place} (calls {call})",
         "mask": a.mask,
+        "dropout": a.dropout,
         "pattern": a.pattern,
         "layout": a.layout,
         "because": a.reason,

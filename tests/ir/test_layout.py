@@ -61,8 +61,26 @@ def test_a_curve_goes_through_each_segment_in_turn() -> None:
     assert Layout("hilbert", 4, 16).permutation(35) == order
 
 
+def test_a_curve_of_a_higher_level_is_another_order() -> None:
+    """Position ``y * 2^n + x``, those past the end left out (SEMANTICS.md 4)."""
+    assert Layout("hilbert", 1, level=1).permutation(4) == (0, 2, 3, 1)
+    assert Layout("hilbert", 1, level=2).permutation(4) == (0, 1, 2, 3)
+    deeper = Layout("hilbert", 2, 5, level=3)
+    assert sorted(deeper.permutation(13)) == list(range(14))
+    with pytest.raises(OptionError, match=r"hilbert_level=1 for 5 tokens") as caught:
+        Layout("hilbert", 1, level=1).permutation(5)
+    assert "hilbert_level=2 or more" in str(caught.value)
+    with pytest.raises(OptionError, match="only hilbert goes along a curve"):
+        Layout("zigzag", 2, level=2)
+
+
 def test_only_a_curve_has_segments() -> None:
-    for layout in (Layout("hilbert", 3, 24), Layout("zigzag", 3)):
+    for layout in (
+        Layout("hilbert", 3, 24),
+        Layout("hilbert", 3, 24, 5),
+        Layout("hilbert", 3, None, 5),
+        Layout("zigzag", 3),
+    ):
         assert Layout.parse(layout.key, 3) == layout
     with pytest.raises(OptionError, match="only hilbert has segments"):
         Layout("zigzag", 2, 4)

@@ -83,6 +83,7 @@ def test_the_text_of_a_plan() -> None:
         text.replace(",", ",\n"),
         """\
 {"block_order":"natural",
+"dropout":null,
 "group_name":"0",
 "index":3,
 "kernel":"auto",

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from support.ranks import RankPool
+from support.ranks import RankError, RankPool
 from support.ring_cases import Case, join, run_case, run_cases, run_inference
 from support.tolerances import assert_no_worse_than_one_rank
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ringcompile.ir.mask import EmptyRow
+from ringcompile.lowering.tiles import pieces
 
 MASKS = (
     "all",
@@ -164,10 +165,43 @@ def test_rows_along_a_curve(ranks: RankPool, world_size: int) -> None:
             Case("window", "hilbert", 37),
             Case("padding", "hilbert", 37, empty=EmptyRow.MEAN_ALL),
             Case("documents", "hilbert", 37, segment=16, block_order="hilbert"),
+            Case("documents", "hilbert", 37, segment=16, level=4),
             Case("longnet", "hilbert", 83, segment=48, stages=2),
             Case("longnet", "hilbert", 37, segment=24, compile="aot_eager"),
         ],
     )
+
+
+def run_without_dense_kernels(
+    group: ProcessGroup, rank: int, cases: tuple[Case, ...]
+) -> list[tuple[Tensor | None, ...]]:
+    """Any kernel without a mask is an error."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a dense kernel")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("attend", "attend_backward"):
+            patch.setattr(pieces, name, refuse)
+        return run_cases(group, rank, cases)
+
+
+def test_plain_operators_compute_every_tile(ranks: RankPool) -> None:
+    cases = tuple(
+        Case(mask, layout, 37, kernel="math")
+        for mask, layout in (
+            ("causal", "zigzag"),
+            ("all", "contiguous"),
+            ("longnet", "striped"),
+        )
+    )
+    by_rank = ranks.run(run_without_dense_kernels, cases, world_size=3)
+    for case, *shards in zip(cases, *by_rank, strict=True):
+        for n, want in enumerate(case.expected()):
+            got = join(case, [s[n] for s in shards]).double()
+            assert (got - want).abs().max() <= 3e-6 * want.abs().max()
+    with pytest.raises(RankError, match="a dense kernel"):
+        ranks.run(run_without_dense_kernels, (Case("causal"),))
 
 
 def test_traced_by_aot_autograd(ranks: RankPool) -> None:

@@ -273,12 +273,14 @@ def with_sink(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 REFUSED: dict[str, tuple[Callable[..., object], str]] = {
     "sdpa dropout": (
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.1),
-        "dropout_p=0.1",
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=1.0),
+        "dropout p=1.0",
     ),
     "dropout": (
-        lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.1, training=True) @ v,
-        "dropout p=0.1",
+        lambda q, k, v: (
+            F.dropout(F.dropout((q @ k.mT).softmax(-1), 0.1), 0.2, training=True) @ v
+        ),
+        "dropouts p=[0.1, 0.2]",
     ),
     "softcap": (lambda q, k, v: finish(torch.tanh(q @ k.mT / 30) * 30, v), "softcap"),
     "weights returned": (returns_weights, "also used by output"),

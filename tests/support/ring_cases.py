@@ -43,6 +43,8 @@ class Case:
         any_length: plan for any length that needs no padding.
         segment: of a hilbert layout.
         block_order: ``natural`` or ``hilbert``.
+        level: of a hilbert layout.
+        kernel: ``auto`` or ``math``.
     """
 
     mask: str
@@ -57,10 +59,12 @@ class Case:
     any_length: bool = False
     segment: int | None = None
     block_order: str = "natural"
+    level: int | None = None
+    kernel: str = "auto"
 
     def place(self, cp_size: int) -> Layout:
         """The layout over so many ranks."""
-        return Layout(self.layout, cp_size, self.segment)
+        return Layout(self.layout, cp_size, self.segment, self.level)
 
     def with_length(self, length: int) -> "Case":
         """The same attention of so many tokens."""
@@ -188,6 +192,7 @@ def plan_text(case: Case, group: ProcessGroup, rank: int, *, timeout_s: float) -
             schedule=schedule,
             sources="",
             block_order=case.block_order,
+            kernel=case.kernel,
         )
     )
 

@@ -40,11 +40,6 @@ def dense_bias(x: Tensor, bias: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, q, q, attn_mask=bias)  # refused
 
 
-def dropout_of_weights(x: Tensor, bias: Tensor) -> Tensor:
-    q = _heads(_attend(x))
-    return F.scaled_dot_product_attention(q, q, q, dropout_p=0.5)  # refused
-
-
 def dropout_of_tokens(x: Tensor, bias: Tensor) -> Tensor:
     return F.dropout(_attend(x), 0.5, training=True) * 2  # refused
 
@@ -102,7 +97,6 @@ def largest_tokens(x: Tensor, bias: Tensor) -> Tensor:
 
 CASES = [
     dense_bias,
-    dropout_of_weights,
     dropout_of_tokens,
     weights_returned,
     softcap,
