@@ -92,6 +92,34 @@ class Span:
         return x[:, :, :0]
 
 
+@dataclass(frozen=True, slots=True)
+class SelectedSpan(Span):
+    """A range of rows in a part with a selection: it travels as tables there do.
+
+    Attributes:
+        heads: how many heads take these rows.
+    """
+
+    heads: int
+
+    @property
+    def wire_count(self) -> Size:
+        """How many travel, of all heads."""
+        return self.heads * self.count
+
+    def pack(self, x: Tensor) -> Tensor:
+        """These rows, ``(B, heads, n, D)``, as they travel: ``(B, heads * n, D)``."""
+        return x.flatten(1, 2)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """``pack`` undone."""
+        return x.view(x.shape[0], self.heads, -1, x.shape[2])
+
+    def pack_none(self, x: Tensor) -> Tensor:
+        """No rows of ``x``, as they travel."""
+        return x[:, 0, :0]
+
+
 PRESENT, PLACES = "present of ", "places of "
 
 

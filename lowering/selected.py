@@ -54,6 +54,22 @@ class TableSpec:
             else self.layout.positions(reader, self.length),
         )
 
+    def find_run(self) -> tuple[int, int] | None:
+        """First row and end, if all heads take the same run of rows."""
+        rows = set(_rows(str(self)))
+        head = rows.pop()
+        if rows or not head or head[-1] - head[0] != len(head) - 1:
+            return None
+        return head[0], head[-1] + 1
+
+    def positions(self) -> tuple[tuple[int, ...], ...]:
+        """Their global positions, -1 where a head has fewer rows than another."""
+        of_shard = self.layout.positions(self.rank, self.length)
+        return tuple(
+            tuple(-1 if row < 0 else of_shard[row] for row in head)
+            for head in _padded_rows(str(self))
+        )
+
     def __str__(self) -> str:
         selection, layout = self.selection, self.layout
         offsets = (_NOBODY if s is None else s for s in selection.offsets)

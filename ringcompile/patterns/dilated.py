@@ -15,8 +15,10 @@ from ringcompile.ir.mask import (
     Mask,
     Q,
     at_least_zero,
+    causal,
     chunked,
     conjunction,
+    conjuncts,
     equals_zero,
 )
 from ringcompile.ir.schedule import MixedParts, Mixing, PartSpec, Selection
@@ -71,7 +73,7 @@ class LongNet:
         parts: list[PartSpec] = []
         for segment, rate in zip(self.segments, self.rates, strict=True):
             within = without_mean(mask) & chunked(segment)
-            if rate == 1:
+            if rate == 1 and not _is_dense(mask):
                 parts.append((within, None))
                 continue
             offset = self._offset(rate, spec)
@@ -159,25 +161,34 @@ class ConsecutiveDilated:
             bounds = [at_least_zero(x - start) for x in (Q, K)]
             bounds += [at_least_zero(stop - 1 - x) for x in (Q, K)]
             within = without_mean(mask) & conjunction(*bounds)
-            if rate == 1:
+            if rate == 1 and not _is_dense(mask):
                 parts.append((within, None))
-            else:
-                parts += [
-                    (
-                        within,
-                        Selection(
-                            segment,
-                            rate,
-                            (residue,) * spec.num_heads,
-                            spec.num_kv_heads,
-                            start,
-                            stop,
-                        ),
-                    )
-                    for residue in range(min(rate, segment))
-                ]
+                start = stop
+                continue
+            parts += [
+                (
+                    within,
+                    Selection(
+                        segment,
+                        rate,
+                        (residue,) * spec.num_heads,
+                        spec.num_kv_heads,
+                        start,
+                        stop,
+                    ),
+                )
+                for residue in range(min(rate, segment))
+            ]
             start = stop
         return tuple(parts)
+
+
+def _is_dense(mask: Mask) -> bool:
+    """Whether dense kernels take all of a segment's rows under this mask.
+
+    Of another mask, coverage by tiles says which rows are needed.
+    """
+    return conjuncts(mask.keeps) in {(), (causal(),)}
 
 
 def _check_dilation(pattern: LongNet | GroupedDilated | ConsecutiveDilated) -> None:
