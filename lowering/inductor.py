@@ -4,11 +4,14 @@ Invariant: communication starts and ends where the ring loop put it.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from torch import Tensor
+
 from ringcompile import ops
+from ringcompile.errors import OptionError
 from ringcompile.torch_private import (
     joint_passes,
     mark_saved_pass,
@@ -41,6 +44,22 @@ def inductor_patches(user: Mapping[str, object]) -> dict[str, object]:
     uuid = repr((sources_hash(), *uuids)) if all(uuids) else ""
     saving = mark_saved_pass(ops.KEEP, uuid, others)
     return patches | dict(user) | {"joint_custom_pre_pass": saving}
+
+
+def require_kernel(kernel: str, example_inputs: Sequence[object]) -> None:
+    """Refuse a kernel that Inductor does not generate for these inputs' device.
+
+    Raises:
+        OptionError: ``flex`` on CPU, where it has neither gradients nor an LSE.
+    """
+    tensors = [x for x in example_inputs if isinstance(x, Tensor)]
+    if kernel == "flex" and not any(x.is_cuda for x in tensors):
+        raise OptionError(
+            "kernel='flex' on CPU",
+            at="options",
+            because="Inductor generates flex_attention for GPUs, with a backward",
+            instead="kernel='auto', or 'math'",
+        )
 
 
 @lru_cache(maxsize=1)

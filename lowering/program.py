@@ -15,10 +15,20 @@ from torch import Tensor
 from ringcompile.ir.attention import RankPlan
 from ringcompile.ir.schedule import Kernel, Part, Piece, Rows, Selection, Step, Tile
 from ringcompile.ir.text import format_mask, parse_plan
+from ringcompile.lowering.cut_selected import Compact, cut_selected
 from ringcompile.lowering.hops import Phase, Tag
 from ringcompile.lowering.orders import find_positions
-from ringcompile.lowering.rows import RowSet, Segments, Size, Span, Values, shift
+from ringcompile.lowering.rows import (
+    RowSet,
+    Segments,
+    SelectedSpan,
+    Size,
+    Span,
+    Values,
+    shift,
+)
 from ringcompile.lowering.selected import TableSpec, find_runs, find_selected
+from ringcompile.torch_private import outside_tracing
 
 read_plan = lru_cache(maxsize=1024)(parse_plan)
 
@@ -35,6 +45,7 @@ class TileProgram:
         reads: rows of the owner's shard that this rank reads; None if none.
         sends: rows of this rank's shard that the reader reads; None if none.
         pieces: the kernel calls; their KV rows are counted from the first row read.
+        needs: runs of the owner's rows that are read, where no rows are selected.
     """
 
     is_own: bool
@@ -44,6 +55,7 @@ class TileProgram:
     reads: RowSet | None
     sends: RowSet | None
     pieces: tuple[Piece, ...]
+    needs: tuple[Rows, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +68,7 @@ class PartProgram:
         mask: which pairs count, as text.
         captures: what the mask reads.
         frame: the shards that all of these rows lie in.
+        is_selected: whether heads may have rows of their own.
     """
 
     queries: RowSet
@@ -63,6 +76,7 @@ class PartProgram:
     mask: str
     captures: tuple[Tensor, ...]
     frame: "Frame"
+    is_selected: bool
 
     @property
     def tiles(self) -> Iterator[TileProgram]:
@@ -149,7 +163,12 @@ def build_program(
             )
             number += len(stage)
         mask = format_mask(part.mask)
-        parts.append(PartProgram(queries, tuple(stages), mask, tuple(captures), frame))
+        parts.append(
+            PartProgram(
+                *(queries, tuple(stages), mask, tuple(captures), frame),
+                is_selected=part.selection is not None,
+            )
+        )
     return tuple(parts)
 
 
@@ -168,13 +187,13 @@ def _build_tile(step: Step, part: Part, queries: RowSet, frame: Frame) -> TilePr
     mine = step.tiles[rank]
     reads = _find_kv(part, frame, (owner, rank), mine.needs)
     pieces: tuple[Piece, ...] = ()
-    if isinstance(reads, Span):
+    if reads is not None and part.selection is not None:
+        pieces = _cut_selected(part, part.selection, frame, owner)
+    elif isinstance(reads, Span):
         first = reads.rows.start
         pieces = tuple(replace(p, kv=shift(p.kv, first)) for p in mine.pieces)
-    elif part.selection is None:
-        pieces = _close_up(mine, cast("int", frame.chunk))
     elif reads is not None:
-        pieces = (Piece(queries.own_rows, reads.own_rows, Kernel.MASKED),)
+        pieces = _close_up(mine, cast("int", frame.chunk))
     return TileProgram(
         is_own=step.shift == 0,
         number=0,
@@ -183,6 +202,7 @@ def _build_tile(step: Step, part: Part, queries: RowSet, frame: Frame) -> TilePr
         reads=reads,
         sends=_find_kv(part, frame, (rank, reader), step.tiles[reader].needs),
         pieces=pieces,
+        needs=mine.needs,
     )
 
 
@@ -226,10 +246,29 @@ def _find_kv(
     return _find_selected(part.selection, frame, ranks[0], reader=ranks[1])
 
 
+def _cut_selected(
+    part: Part, selection: Selection, frame: Frame, owner: int
+) -> tuple[Piece, ...]:
+    schedule, rank = frame.plan.schedule, frame.plan.rank
+    assert schedule.length is not None, "dilated parts are planned for a known length"
+    place = (selection, schedule.layout, schedule.length)
+    at = Compact(
+        TableSpec(*place, rank, reader=None).positions(),
+        TableSpec(*place, owner, reader=rank).positions(),
+    )
+    with outside_tracing():  # it computes with tensors
+        return cut_selected(format_mask(part.mask), selection, at)
+
+
 def _find_selected(
     selection: Selection, frame: Frame, rank: int, *, reader: int | None
 ) -> RowSet:
     schedule = frame.plan.schedule
     assert schedule.length is not None, "dilated parts are planned for a known length"
     spec = TableSpec(selection, schedule.layout, schedule.length, rank, reader)
+    run = spec.find_run()
+    # Results of queries are placed over the whole shard.
+    if run is not None and (reader is not None or run == (0, frame.shard.count)):
+        rows = Rows((0, run[0]), (0, run[1]))
+        return SelectedSpan(rows, frame.chunk, selection.num_kv_heads)
     return find_selected(spec, frame.device)

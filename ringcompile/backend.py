@@ -12,7 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from torch.fx import GraphModule
 
 from ringcompile.config import RingOptions
-from ringcompile.lowering.inductor import inductor_patches, sources_hash
+from ringcompile.lowering.inductor import (
+    inductor_patches,
+    require_kernel,
+    sources_hash,
+)
 from ringcompile.mesh import Ranks, find_ranks
 from ringcompile.passes.artifacts import emit_artifacts
 from ringcompile.passes.pipeline import Rewritten, run_passes
@@ -57,6 +61,7 @@ def ring(
         log.warning("no attention to cut in this graph: compiled as Inductor would")
         return compile_with_inductor(gm, example_inputs, patches)
 
+    require_kernel(chosen.kernel, example_inputs)
     compiled = compile_with_inductor(made.gm, example_inputs, inductor_patches(patches))
     return agree_at_first_call(compiled, made, gm, ranks, timeout_s=chosen.timeout_s)
 

@@ -31,7 +31,7 @@ _CHOICES: Mapping[str, _Choice] = MappingProxyType(
         "grads": _Choice(("summed", "local")),
         "local_scale": _Choice(("mean", "sum")),
         "unsupported": _Choice(("gather", "error")),
-        "kernel": _Choice(("auto", "math"), ("cudnn", "flash", "flex")),
+        "kernel": _Choice(("auto", "flex", "math"), ("cudnn", "flash")),
         "transport": _Choice(("auto", "p2p"), ("copy_engine",)),
         "block_order": _Choice(("natural", "hilbert")),
         "verify": _Choice(("off", "plan"), ("numeric",)),
@@ -67,8 +67,9 @@ class RingOptions:
             it averages (``mean``: multiplied by P here) or sums (``sum``: not).
         unsupported: ``gather`` what can't be cut, exactly and with a warning, or
             ``error``.
-        kernel: The tile kernel: ``auto`` is the device's best; ``math`` plain operators
-            in float32 or more, slow and easy to trust.
+        kernel: The tile kernel: ``auto`` is the device's best; ``flex`` what Inductor
+            generates for ``flex_attention``, on GPUs; ``math`` plain operators in
+            float32 or more, slow and easy to trust.
         transport: How hops travel.
         stages: Stages that the steps are grouped into, or ``"auto"``.
         block_order: The order in which the blocks of a masked tile are computed.

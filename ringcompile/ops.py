@@ -23,6 +23,8 @@ LIBRARY = torch.library.Library("ringcompile", "DEF")
 #   keep, touch     copies of x that make `deps` needed; `keep` is saved for backward.
 #   row_table       rows of a shard that take part, (heads, n) int64, -1 for no row; or
 #                   which of them travel, and where.
+#   block_lists     numbers and indices of blocks of keys under a mask, then of full
+#                   ones, for each block of queries, as `flex_attention` has them.
 #   sum_up_blocks   means of blocks of q and k, equal on all ranks; see lowering.
 #   choose_blocks   the key blocks that each query block keeps, (B, H, num_blocks,
 #                   count) int64, -1 for none.
@@ -53,6 +55,7 @@ keep(Tensor x, Tensor[] deps) -> Tensor;
 touch(Tensor x, Tensor[] deps) -> Tensor;
 
 row_table(str spec, *, Device device) -> Tensor;
+block_lists(str spec, *, Device device) -> Tensor[];
 sum_up_blocks(Tensor q, Tensor k, Tensor[] captures, *, str plan) -> (Tensor q_means,
     Tensor k_means, Tensor has_key);
 choose_blocks(Tensor scores, Tensor has_key, int count, bool is_causal) -> Tensor;
@@ -86,6 +89,7 @@ ALL_REDUCE = _OPS.all_reduce.default
 KEEP = _OPS.keep.default
 TOUCH = _OPS.touch.default
 ROW_TABLE = _OPS.row_table.default
+BLOCK_LISTS = _OPS.block_lists.default
 SUM_UP_BLOCKS = _OPS.sum_up_blocks.default
 CHOOSE_BLOCKS = _OPS.choose_blocks.default
 MASKED_ATTENTION = _OPS.masked_attention.default

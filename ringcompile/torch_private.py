@@ -4,8 +4,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from types import FrameType
-from typing import Any
+from types import FrameType, MappingProxyType
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -275,6 +275,122 @@ def emit_structured_trace(name: str, text: str) -> None:
         metadata_fn=lambda: {"name": name, "encoding": "string"},
         payload_fn=lambda: text,
     )
+
+
+# ---- flex_attention ------------------------------------------------------------------
+
+_FLEX_OPTIONS = MappingProxyType(
+    {
+        "OUTPUT_LOGSUMEXP": True,
+        "OUTPUT_MAX": False,
+        "PRESCALE_QK": False,
+        "ROWS_GUARANTEED_SAFE": False,
+        "BLOCKS_ARE_CONTIGUOUS": False,
+        "WRITE_DQ": True,
+    }
+)
+MaskMod = Callable[..., Tensor]
+
+
+class BlockLists(NamedTuple):
+    """For each block of queries, blocks of 128 keys; int32 ``(1, 1, rows[, columns])``.
+
+    Attributes:
+        num_partial: how many are under the mask.
+        partial: which, those first.
+        num_full: how many need no mask.
+        full: which, those first.
+    """
+
+    num_partial: Tensor
+    partial: Tensor
+    num_full: Tensor
+    full: Tensor
+
+
+def is_traced() -> bool:
+    """Whether a graph is being compiled, rather than run."""
+    return TracingContext.try_get() is not None
+
+
+def flex_forward(  # noqa: PLR0913 - one attention's tensors
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    mask_mod: MaskMod,
+    buffers: tuple[Tensor, ...],
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Out and the lse, to the base 2, of ``flex_attention`` without its autograd.
+
+    Args:
+        q: ``(B, H, n, D)``.
+        k: ``(B, G, m, D)``.
+        v: ``(B, G, m, E)``.
+        lists: which blocks.
+        mask_mod: whether a pair counts, of b, h, q, k and ``buffers``.
+        buffers: what it reads.
+        scale: factor of the scores.
+    """
+    from torch._higher_order_ops.flex_attention import (  # noqa: PLC0415
+        flex_attention,
+    )
+
+    mask = _as_tuple(q, k, lists, mask_mod)
+    with torch._C._AutoDispatchBelowAutograd():  # noqa: SLF001
+        out, lse, *_ = flex_attention(
+            *(q, k, v, _same_score, mask, scale, dict(_FLEX_OPTIONS), (), buffers)
+        )
+    return out, lse
+
+
+def flex_backward(  # noqa: PLR0913, PLR0917 - one attention's tensors
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    lists: BlockLists,
+    mask_mod: MaskMod,
+    buffers: tuple[Tensor, ...],
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, of ``out`` and ``lse`` (to the base 2) over all keys there are."""
+    from torch._higher_order_ops.flex_attention import (  # noqa: PLC0415
+        create_fw_bw_graph,
+        flex_attention_backward,
+    )
+
+    mask = _as_tuple(q, k, lists, mask_mod)
+    indices = [q.new_zeros((), dtype=torch.int) for _ in range(4)]
+    examples = (q.new_zeros((), requires_grad=True), *indices)
+    with torch.enable_grad():
+        build_graphs: Any = create_fw_bw_graph  # its types are narrower than what works
+        forward, joint, *_ = build_graphs(_same_score, examples, ())
+    backward: Any = flex_attention_backward
+    dq, dk, dv, *_ = backward(
+        *(q, k, v, out, lse, grad_out, None, forward, joint, mask),
+        *(scale, dict(_FLEX_OPTIONS), (), buffers),
+    )
+    return dq, dk, dv
+
+
+def _same_score(score: Tensor, *_: object) -> Tensor:
+    return score
+
+
+def _as_tuple(
+    q: Tensor, k: Tensor, lists: BlockLists, mask_mod: MaskMod
+) -> tuple[object, ...]:
+    from torch.nn.attention.flex_attention import BlockMask  # noqa: PLC0415
+
+    sizes = (q.shape[2], k.shape[2])
+    mask = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=128, seq_lengths=sizes)
+    return (*mask.as_tuple()[:-1], mask_mod)  # its own would take no buffers
 
 
 # ---- reports -------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """One kernel call of a plan, to the kernel that computes it."""
 
+from dataclasses import dataclass
 from functools import reduce
 
 import torch
@@ -7,8 +8,10 @@ from torch import Tensor
 
 from ringcompile import ops
 from ringcompile.ir.schedule import Kernel, Piece
+from ringcompile.lowering.cut_selected import Call
 from ringcompile.lowering.program import PartProgram, TileProgram
 from ringcompile.lowering.rows import Size, Values, take_rows
+from ringcompile.lowering.tiles import flex
 from ringcompile.lowering.tiles.dense import attend, attend_backward
 
 
@@ -31,7 +34,13 @@ def attend_piece(
     q = take_rows(q, piece.q, chunk)
     k, v = (take_rows(x, piece.kv, chunk) for x in kv)
     if _is_dense(part, piece):
-        return attend(q, k, v, is_causal=piece.kernel is Kernel.CAUSAL, scale=scale)
+        view = _View.of(piece, q)
+        is_causal = piece.kernel is Kernel.CAUSAL
+        found = attend(*map(view.take, (q, k, v)), is_causal=is_causal, scale=scale)
+        return view.put_queries(*found)
+    if flex.takes(part, q, v, is_dense=False):
+        positions = _positions(part, tile, piece)
+        return flex.attend(part, tile, piece, (q, k, v), positions)
     out, lse = ops.MASKED_ATTENTION(
         *(q, k, v, *_positions(part, tile, piece), list(part.captures)),
         mask=part.mask,
@@ -63,8 +72,15 @@ def piece_gradients(
     k, v = (take_rows(x, piece.kv, chunk) for x in kv)
     tensors = (grad_out, q, k, v, out, lse)
     if _is_dense(part, piece):
+        view = _View.of(piece, q)
         is_causal = piece.kernel is Kernel.CAUSAL
-        return attend_backward(*tensors, is_causal=is_causal, scale=scale)
+        taken = map(view.take, tensors)
+        return view.put_gradients(
+            *attend_backward(*taken, is_causal=is_causal, scale=scale)
+        )
+    if flex.takes(part, q, v, is_dense=False):
+        positions = _positions(part, tile, piece)
+        return flex.attend_backward(part, tile, piece, tensors, positions)
     dq, dk, dv = ops.MASKED_ATTENTION_BACKWARD(
         *(*tensors, *_positions(part, tile, piece), list(part.captures)),
         mask=part.mask,
@@ -114,9 +130,80 @@ def _dropout(part: PartProgram) -> dict[str, float]:
     return {} if dropout is None else {"dropout": dropout.rate, "seed": dropout.seed}
 
 
+@dataclass(frozen=True, slots=True)
+class _View:
+    """The rows and heads of a dense call as a kernel takes them: groups as batches.
+
+    Attributes:
+        groups: equal runs of rows, each with its own keys.
+        heads: query heads that take part, of H; the same range scaled down for KV.
+        num_heads: H.
+        batch: B.
+    """
+
+    groups: int
+    heads: tuple[int, int] | None
+    num_heads: int
+    batch: int
+
+    @classmethod
+    def of(cls, piece: Piece, q: Tensor) -> "_View":
+        """Of a piece; one that is no ``Call`` has one group of all heads."""
+        groups, heads = 1, None
+        if isinstance(piece, Call):
+            groups, heads = piece.groups, piece.heads
+        return cls(groups, heads, q.shape[1], q.shape[0])
+
+    def take(self, x: Tensor) -> Tensor:
+        """``(B, heads, n, ...)`` as ``(B * groups, its heads, n / groups, ...)``."""
+        if self.heads is not None:
+            first, stop = self._scaled(x.shape[1])
+            x = x[:, first:stop]
+        if self.groups == 1:
+            return x
+        x = x.unflatten(2, (self.groups, -1)).transpose(1, 2)
+        return x.flatten(0, 1)
+
+    def put_queries(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Undo ``take`` on out and lse; heads left out see nothing."""
+        return self._put(out, self.num_heads), self._put(
+            lse, self.num_heads, fill=-torch.inf
+        )
+
+    def put_gradients(
+        self, dq: Tensor, dk: Tensor, dv: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Undo ``take`` on gradients; those of heads left out are zero."""
+        shared = dq.shape[1] // dk.shape[1]
+        num_kv_heads = self.num_heads // shared
+        return (
+            self._put(dq, self.num_heads),
+            self._put(dk, num_kv_heads),
+            self._put(dv, num_kv_heads),
+        )
+
+    def _put(self, x: Tensor, num_heads: int, *, fill: float = 0.0) -> Tensor:
+        if self.groups > 1:
+            x = x.unflatten(0, (self.batch, self.groups)).transpose(1, 2).flatten(2, 3)
+        if self.heads is None:
+            return x
+        first, stop = self._scaled(num_heads)
+        before = x.new_full((x.shape[0], first, *x.shape[2:]), fill)
+        after = x.new_full((x.shape[0], num_heads - stop, *x.shape[2:]), fill)
+        return torch.cat([before, x, after], 1)
+
+    def _scaled(self, num_heads: int) -> tuple[int, int]:
+        assert self.heads is not None, "some heads are left out"
+        shared = self.num_heads // num_heads
+        return self.heads[0] // shared, self.heads[1] // shared
+
+
 def _is_dense(part: PartProgram, piece: Piece) -> bool:
     """Whether a kernel without a mask computes it; that with one takes any piece."""
-    return piece.kernel is not Kernel.MASKED and part.frame.plan.is_dense
+    plan = part.frame.plan
+    if piece.kernel is Kernel.MASKED or not plan.is_dense:
+        return False
+    return plan.kernel != "flex" or part.is_selected
 
 
 def _positions(

@@ -109,16 +109,16 @@ def find_kept(p: Boolean, length: int) -> tuple[Tensor, Tensor]:
     head = torch.arange(heads)[:, None, None]
     place = (at.new_zeros(()), head, at[:, None], at[None])
     must, may = (
-        evaluate(_replace_unknown(p, value), place).expand(heads, length, length)
+        evaluate(replace_unknown(p, value), place).expand(heads, length, length)
         for value in (FALSE, TRUE)
     )
     return must.all(0), may.any(0)
 
 
-def _replace_unknown(p: Boolean, value: Boolean) -> Boolean:
+def replace_unknown(p: Boolean, value: Boolean) -> Boolean:
     """``p`` with every atom that captures decide set to ``value``."""
     if isinstance(p, (sympy.And, sympy.Or)):
-        return p.func(*(_replace_unknown(a, value) for a in p.args))
+        return p.func(*(replace_unknown(a, value) for a in p.args))
     return value if has_captures(p) else p
 
 
