@@ -15,6 +15,7 @@ from ringcompile.ir.attention import RankPlan
 from ringcompile.ir.evaluate import evaluate
 from ringcompile.ir.reshard import ReshardSpec, format_spec
 from ringcompile.lowering.hops import keep
+from ringcompile.lowering.orders import find_positions
 from ringcompile.lowering.program import read_plan
 from ringcompile.lowering.reshard import reduce_partial, spread
 from ringcompile.lowering.rows import Size
@@ -82,7 +83,9 @@ def sum_up_blocks(
     length = schedule.length
     if length is None:
         length = chunk * layout.num_chunks
-    at = layout.position_tensor(record.rank, chunk, device)
+    at = find_positions(
+        layout, record.rank, chunk, length=schedule.length, device=device
+    )
     is_real = at < length
     batch = torch.arange(B, device=device)[:, None, None]
     index = (batch, torch.zeros_like(batch), at, at)  # as a predicate's b, h, q, k
