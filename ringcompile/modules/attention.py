@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ringcompile.errors import OptionError
-from ringcompile.modules.heads import Masking, attend_heads, split_mask
+from ringcompile.modules.heads import Masking, attend_heads, read_masks
 from ringcompile.modules.runner import make_runner, require_compiled
 from ringcompile.preset import Preset, RingAttentionConfig
 
@@ -64,7 +64,7 @@ class RingAttention(nn.Module):
             attn_mask: bool ``(S, S)``, ``(B * H, S, S)`` or what broadcasts to
                 ``(B, H, S, S)``; or float, of 0 and -inf. Other floats are added to the
                 scores where attention is exact, and refused under a pattern.
-            key_padding_mask: bool ``(B, S)``, of keys.
+            key_padding_mask: ``(B, S)``, of keys, likewise.
 
         Returns:
             ``(B, S, H, E)``; 0 in rows that see no key.
@@ -73,11 +73,12 @@ class RingAttention(nn.Module):
             OptionError: shapes do not fit each other or the configuration.
             UnsupportedAttentionError: a mask or bias can't be carried.
         """
-        config, heads = self._runner.config, q.shape[2:3].numel()
+        config = self._runner.config
         _check_shapes(q, k, v, config, at=self.preset)
-        hidden, bias = split_mask(attn_mask, self._runner, q.shape[0], heads)
+        sizes = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        masks = read_masks(self._runner, attn_mask, key_padding_mask, sizes)
         dropout = config.dropout if self.training else 0.0
-        masking = Masking(hidden, bias, key_padding_mask, is_causal, dropout)
+        masking = Masking(*masks, is_causal, dropout)
         return self._runner.run(_attend, q, k, v, masking, training=self.training)
 
     def extra_repr(self) -> str:
@@ -96,12 +97,14 @@ def _check_shapes(
 ) -> None:
     shapes = [tuple(x.shape) for x in (q, k, v)]
     is_4d = all(len(shape) == 4 for shape in shapes)  # noqa: PLR2004
-    if not is_4d or q.shape[2] % k.shape[2] or k.shape[:3] != v.shape[:3]:
+    fits = is_4d and k.shape[2] > 0 and q.shape[2] % k.shape[2] == 0
+    fits = fits and k.shape[:3] == v.shape[:3] and q.shape[3] == k.shape[3]
+    if not (fits and q.shape[0] == k.shape[0]):
         raise OptionError(
             f"q {shapes[0]}, k {shapes[1]}, v {shapes[2]}",
             at=at,
-            because="they are (batch, tokens, heads, head size), and query heads are a "
-            "multiple of those of k and v",
+            because="they are (batch, tokens, heads, head size), q and k of one head"
+            " size, and query heads are a multiple of those of k and v",
             instead="x.unflatten(-1, (heads, -1)), without a transpose",
         )
     H, D = q.shape[2:]

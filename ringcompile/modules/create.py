@@ -44,6 +44,7 @@ def create_ring_attention(
     return MultiheadRingAttention(
         config.embed_dim,
         config.num_heads,
+        dropout=config.dropout,
         bias=config.bias,
         batch_first=True,
         attention=found.name,

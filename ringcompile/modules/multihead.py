@@ -7,9 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ringcompile.errors import OptionError
-from ringcompile.modules.heads import Masking, attend_heads, split_mask
+from ringcompile.modules.heads import Masking, attend_heads, read_masks
 from ringcompile.modules.runner import make_runner, require_compiled
-from ringcompile.preset import RingAttentionConfig, find_hardware, pick_preset
+from ringcompile.preset import (
+    RingAttentionConfig,
+    changed_fields,
+    find_hardware,
+    pick_preset,
+    run_options,
+)
 
 MULTIHEAD = "block_sparse_multihead"
 
@@ -74,10 +80,14 @@ class MultiheadRingAttention(nn.MultiheadAttention):
         # Else nn.TransformerEncoderLayer calls one fused op in the place of forward.
         self._qkv_same_embed_dim = False
         config = config or RingAttentionConfig()
-        options = {"attention": attention}
+        own = {"embed_dim": embed_dim, "num_heads": num_heads, "bias": bias}
+        _check_agreement(config, own | {"dropout": dropout})
+        self.reason = ""
         if isinstance(attention, str) and attention != "exact":
-            found, _ = pick_preset(attention, find_hardware(mesh), config)
-            options = found.options(config)
+            found, self.reason = pick_preset(attention, find_hardware(mesh), config)
+            options = found.options(config, is_multihead=True)
+        else:
+            options = {"attention": attention, **run_options(config)}
         self._runner = make_runner(
             options, config, mesh=mesh, layer=layer, name="MultiheadRingAttention"
         )
@@ -127,49 +137,63 @@ class MultiheadRingAttention(nn.MultiheadAttention):
         tensors = [query, key, value]
         if not is_batched:
             tensors = [x[None] for x in tensors]
-            key_padding_mask = (
-                None if key_padding_mask is None else key_padding_mask[None]
-            )
+            if key_padding_mask is not None:
+                key_padding_mask = key_padding_mask[None]
         elif not self.batch_first:
             tensors = [x.transpose(0, 1) for x in tensors]
-        batch = tensors[0].shape[0]
-        hidden, bias = split_mask(attn_mask, self._runner, batch, self.num_heads)
-        padding, rest = split_mask(key_padding_mask, self._runner, batch, 1)
-        if rest is not None:
-            raise OptionError(
-                "key_padding_mask of other floats than 0 and -inf",
-                at="MultiheadRingAttention",
-                because="it says which keys are not seen",
-                instead="a bool mask, or attn_mask for a bias",
-            )
+        (batch, rows), keys = tensors[0].shape[:2], tensors[1].shape[1]
+        sizes = (batch, self.num_heads, rows, keys)
+        masks = read_masks(self._runner, attn_mask, key_padding_mask, sizes)
         dropout = self.dropout if self.training else 0.0
         out = self._runner.run(
             _attend_multihead,
             *tensors,
-            *self._projections(),
+            *(self._in_weights(), self.in_proj_bias),
             *(self.out_proj.weight, self.out_proj.bias),
-            *(self.num_heads, Masking(hidden, bias, padding, is_causal, dropout)),
+            *(self.num_heads, Masking(*masks, is_causal, dropout)),
             training=self.training,
         )
         if not is_batched:
             return out[0], None
         return out if self.batch_first else out.transpose(0, 1), None
 
-    def _projections(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Weights of q, k and v, and their biases in one."""
+    def _in_weights(self) -> tuple[Tensor, ...]:
+        """Weights of q, k and v; one tensor where they have one width."""
         packed: Tensor | None = self.in_proj_weight  # annotated as if never None
-        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        q, k, v = weights if packed is None else packed.chunk(3)
-        return q, k, v, self.in_proj_bias
+        if packed is None:
+            return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        return (packed,)
+
+    def _reset_parameters(self) -> None:
+        """As torch's, which goes by a flag that is off here."""
+        packed: Tensor | None = self.in_proj_weight
+        self._qkv_same_embed_dim = packed is not None
+        super()._reset_parameters()
+        self._qkv_same_embed_dim = False
+
+    def extra_repr(self) -> str:
+        """The pattern, and why it was chosen."""
+        pattern = self._runner.options.attention
+        return "; ".join(filter(None, (str(pattern), self.reason)))
+
+
+def _check_agreement(config: RingAttentionConfig, own: dict[str, object]) -> None:
+    """Refuse a configuration that says something else than the arguments."""
+    for name in set(own) & set(changed_fields(config)):
+        if (value := getattr(config, name)) != own[name]:
+            raise OptionError(
+                f"{name}={own[name]!r} with {name}={value!r} in the configuration",
+                at="MultiheadRingAttention",
+                because="they contradict each other",
+                instead=f"leave {name} out of the configuration",
+            )
 
 
 def _attend_multihead(  # noqa: PLR0913, PLR0917 - tensors, weights and masks
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    v_weight: Tensor,
+    in_weights: tuple[Tensor, ...],
     in_bias: Tensor | None,
     out_weight: Tensor,
     out_bias: Tensor | None,
@@ -178,11 +202,11 @@ def _attend_multihead(  # noqa: PLR0913, PLR0917 - tensors, weights and masks
 ) -> Tensor:
     """Over ``(B, S, E)``."""
     require_compiled()
+    weights = in_weights[0].chunk(3) if len(in_weights) == 1 else in_weights
     biases = (None, None, None) if in_bias is None else in_bias.chunk(3)
-    inputs = ((query, q_weight), (key, k_weight), (value, v_weight))
     q, k, v = (
         F.linear(x, w, b).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-        for (x, w), b in zip(inputs, biases, strict=True)
+        for x, w, b in zip((query, key, value), weights, biases, strict=True)
     )
     out = attend_heads(q, k, v, masking)
     return F.linear(out.transpose(1, 2).flatten(2), out_weight, out_bias)

@@ -7,6 +7,7 @@ instead of running dense.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import count
 from types import FunctionType
 
 import torch
@@ -48,16 +49,26 @@ class Runner:
     def run(
         self, function: Callable[..., Tensor], *args: object, training: bool
     ) -> Tensor:
-        """Call ``function`` compiled, tensors that are to be watched first."""
-        compiled = _compile(function, self.options)
-        if self.config.validate_gradients:
-            args = tuple(self._watch(x) for x in args)
+        """Call ``function`` compiled, tensors that are to be watched first.
+
+        Raises:
+            RingCompileError: what the backend refuses.
+        """
+        kind = (torch.is_grad_enabled(), *map(_kind_of, args))
+        compiled = _compile(function, self.options, kind)
         config = self.config
-        if not (training and config.use_checkpointing):
-            return compiled(*args)
-        if self.layer % config.checkpoint_frequency:
-            return compiled(*args)
-        out: Tensor = checkpoint(compiled, *args, use_reentrant=False)
+        if config.validate_gradients:
+            args = tuple(map(self._watch, args))
+        is_due = self.layer % config.checkpoint_frequency == 0
+        try:
+            if not (training and config.use_checkpointing and is_due):
+                return compiled(*args)
+            out: Tensor = checkpoint(compiled, *args, use_reentrant=False)
+        except RuntimeError as failure:  # Dynamo wraps what a backend raises
+            refusal = getattr(failure, "inner_exception", None)
+            if isinstance(refusal, RingCompileError):
+                raise refusal from None
+            raise
         return out
 
     def _watch(self, x: object) -> object:
@@ -104,6 +115,7 @@ def make_runner(
         )
     given: dict[str, object] = {"mesh": mesh, **options}
     if config.compile_mode is not None:
+        RingOptions(mode=config.compile_mode)  # raises if there is no such mode
         given["inductor"] = mode_patches(config.compile_mode)
     read = read_options(given)
     if not read.is_exact:  # gathered, it would run without its pattern
@@ -111,15 +123,31 @@ def make_runner(
     return Runner(read, config, layer, name, ranks.rank)
 
 
-@lru_cache(maxsize=256)
+_number = count()
+
+
+def _kind_of(x: object) -> object:
+    """What a graph is compiled for, beside batch and length."""
+    if isinstance(x, Tensor):
+        sizes = tuple(x.shape[2:]) if x.is_floating_point() else ()
+        return x.dtype, x.device, x.requires_grad, x.dim(), sizes
+    return tuple(map(_kind_of, x)) if isinstance(x, tuple) else x
+
+
+@lru_cache(maxsize=1024)
 def _compile(
-    function: Callable[..., Tensor], options: RingOptions
+    function: Callable[..., Tensor], options: RingOptions, kind: object
 ) -> Callable[..., Tensor]:
-    """The function compiled; Dynamo counts what it compiled by code object."""
+    """The function compiled.
+
+    Dynamo counts what it compiled by code object and stops after a few, and by its name
+    it remembers which sizes change. So each kind of arguments has code of its own, and
+    its graphs differ in batch and length alone.
+    """
+    del kind
     assert isinstance(function, FunctionType), "a function of this module"
-    own = FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__
-    )
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_number)}")
+    own = FunctionType(code, function.__globals__, code.co_name)
     given = {
         name: getattr(options, name)
         for name in RingOptions.__dataclass_fields__

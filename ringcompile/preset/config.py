@@ -109,6 +109,15 @@ class RingAttentionConfig:
         for name in ("segment_lengths", "dilation_rates"):
             if getattr(self, name) is not None:
                 freeze(self, name)
+        for name, default in _DEFAULTS.items():
+            value = getattr(self, name)
+            if isinstance(default, bool) and not isinstance(value, bool):
+                raise OptionError(
+                    f"{name}={value!r}",
+                    at=_NAME,
+                    because="it is switched on or off",
+                    instead=f"{name}=True or {name}=False",
+                )
         given = {n: v for n in _COUNTS if (v := getattr(self, n)) is not None}
         require_positive(_NAME, **given)
         if self.global_tokens is not None:
@@ -128,9 +137,10 @@ class RingAttentionConfig:
                     because="each segment length has one rate",
                     instead=f"as many {other}, or neither of both",
                 )
-        if not 0 <= self.dropout < 1:
+        is_number = isinstance(self.dropout, int | float)
+        if not (is_number and 0 <= self.dropout < 1):
             raise OptionError(
-                f"dropout={self.dropout}",
+                f"dropout={self.dropout!r}",
                 at=_NAME,
                 because="weights that are kept are divided by 1 - dropout",
                 instead="a share of at least 0 and below 1",
@@ -180,7 +190,9 @@ class RingAttentionConfig:
         """
         for key in values:
             if key not in _DEFAULTS:
-                (nearest,) = difflib.get_close_matches(key, _DEFAULTS, n=1, cutoff=0.0)
+                (nearest,) = difflib.get_close_matches(
+                    str(key), _DEFAULTS, n=1, cutoff=0.0
+                )
                 raise OptionError(
                     f"unknown field {key!r}",
                     at=_NAME,
@@ -213,7 +225,7 @@ class RingAttentionConfig:
 
     @classmethod
     def large_scale(cls, **values: object) -> Self:
-        """For long sequences: attention is computed again rather than kept."""
+        """For long sequences: attention is computed again, and peers may be slower."""
         return cls.from_dict(
             {"use_checkpointing": True, "watchdog_timeout": 1800.0} | values
         )

@@ -1,6 +1,7 @@
 """The user's options with presets named in them, as ``RingOptions``."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -69,9 +70,10 @@ def explain_presets(options: Mapping[str, object], world_size: int) -> tuple[str
     """What to tell of the presets that options name: choices, and what is left out."""
     attention = options.get("attention")
     values = attention.values() if isinstance(attention, Mapping) else (attention,)
-    notes = []
+    notes: list[str] = []
+    here = find_hardware()
     for name in filter(is_preset_name, values):
-        preset, reason = pick_preset(name, Hardware(world_size))
+        preset, reason = pick_preset(name, replace(here, cp_size=world_size))
         notes += [f"attention='auto' is {reason}"] if reason else []
         notes += [preset.note()] if preset.services_off else []
     return tuple(notes)

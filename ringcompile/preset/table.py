@@ -58,29 +58,29 @@ class Preset:
     services_off: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
 
-    def options(self, config: RingAttentionConfig | None = None) -> dict[str, object]:
+    def options(
+        self,
+        config: RingAttentionConfig | None = None,
+        *,
+        is_multihead: bool = False,
+    ) -> dict[str, object]:
         """The backend's options: ``torch.compile(model, backend="ring", options=...)``.
 
         Args:
             config: None for the defaults.
+            is_multihead: whether the multihead module reads its fields too.
 
         Raises:
             OptionError: the preset does not read a field that was changed.
         """
         config = config or RingAttentionConfig()
-        self._check_reads(config)
-        options: dict[str, object] = dict(self.compile_options)
-        if config.use_hilbert:
-            options["layout"] = "hilbert"
-        if config.hilbert_curve_level is not None:
-            options["hilbert_level"] = config.hilbert_curve_level
-        if not config.use_fused_kernels:
-            options["kernel"] = "math"
-        if not config.overlap_communication:
-            options["stages"] = 1
-        options["transport"] = config.communication_backend
-        options["timeout_s"] = config.watchdog_timeout
-        return {"attention": self.build(config), **options}
+        others = frozenset({"bias"}) if is_multihead else frozenset()
+        refuse_unread(config, self.reads | others, self.name, because=self.means)
+        return {
+            "attention": self.build(config),
+            **self.compile_options,
+            **_how_it_runs(config),
+        }
 
     def note(self) -> str:
         """What of the original is left out, or nothing."""
@@ -90,16 +90,49 @@ class Preset:
             self.services_off
         )
 
-    def _check_reads(self, config: RingAttentionConfig) -> None:
-        for name in changed_fields(config):
-            if name not in self.reads | _COMMON:
-                users = [p.name for p in presets().values() if name in p.reads]
-                raise OptionError(
-                    f"{name}={getattr(config, name)!r} with the preset {self.name!r}",
-                    at="RingAttentionConfig",
-                    because=f"{self.means}: it does not read {name}",
-                    instead=f"one of {', '.join(users)}, or leave {name} out",
-                )
+
+def run_options(config: RingAttentionConfig) -> dict[str, object]:
+    """The backend's options that say how a pattern of the user's own runs.
+
+    Raises:
+        OptionError: a field was changed that makes a preset's pattern.
+    """
+    because = "the pattern is given as such"
+    refuse_unread(config, frozenset({"bias"}), "a pattern", because=because)
+    return _how_it_runs(config)
+
+
+def _how_it_runs(config: RingAttentionConfig) -> dict[str, object]:
+    options: dict[str, object] = {
+        "transport": config.communication_backend,
+        "timeout_s": config.watchdog_timeout,
+    }
+    if config.use_hilbert:
+        options["layout"] = "hilbert"
+    if config.hilbert_curve_level is not None:
+        options["hilbert_level"] = config.hilbert_curve_level
+    if not config.use_fused_kernels:
+        options["kernel"] = "math"
+    if not config.overlap_communication:
+        options["stages"] = 1
+    return options
+
+
+def refuse_unread(
+    config: RingAttentionConfig, reads: frozenset[str], name: str, *, because: str
+) -> None:
+    """Raise if a field was changed that nothing reads."""
+    for field_name in changed_fields(config):
+        if field_name not in reads | _COMMON:
+            users = [p.name for p in presets().values() if field_name in p.reads]
+            raise OptionError(
+                f"{field_name}={getattr(config, field_name)!r} with the preset {name!r}"
+                if name in _BY_NAME
+                else f"{field_name}={getattr(config, field_name)!r} with {name}",
+                at="RingAttentionConfig",
+                because=f"{because}: it does not read {field_name}",
+                instead=f"one of {', '.join(users)}, or leave {field_name} out",
+            )
 
 
 _DISTRIBUTED = ("ZeRO", "gradient compression", "monitoring", "error recovery")
@@ -238,7 +271,7 @@ def find_preset(name: str) -> Preset:
     """
     found = _BY_NAME.get(name) or _BY_ALIAS.get(name)
     if found is None:
-        known = [*_BY_NAME, *_BY_ALIAS]
+        known = ["exact", "auto", *_BY_NAME, *_BY_ALIAS]
         (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
         raise OptionError(
             f"attention={name!r}",

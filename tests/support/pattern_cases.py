@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ringcompile import patterns as p
+from ringcompile import reference
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.mask import Mask, causal
 from ringcompile.patterns import AttentionSpec
@@ -17,6 +18,7 @@ from ringcompile.plan.simulate import simulate
 from ringcompile.plan.stages import build_schedule
 
 Counts = Callable[[int, int, int], Tensor]
+Chosen = Callable[[Tensor, Tensor, bool], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,8 @@ class PatternCase:
         divisor: what the output is divided by.
         by_part: ``counts`` of each part, ``(n, H, S, S)``, where gradients take the
             weights of the parts as constants.
+        chosen: the pairs that q and k choose, ``(B, H, S, S)``, from both and from
+            whether the user's mask is causal; ``counts`` are then those it may choose.
     """
 
     pattern: p.Pattern
@@ -38,6 +42,7 @@ class PatternCase:
     causal_counts: Counts | None = None
     divisor: int = 1
     by_part: Counts | None = None
+    chosen: Chosen | None = None
 
     def count(self, H: int, G: int, S: int, *, is_causal: bool) -> Tensor:
         """How often each pair counts, with or without a causal mask of the user's."""
@@ -56,10 +61,12 @@ class PatternCase:
         """
         H, S = q.shape[1:3]
         G = k.shape[1]
+        counts = self.count(H, G, S, is_causal=is_causal)[None]
+        if self.chosen:
+            counts = counts * self.chosen(q, k, is_causal)[None]
         k, v = (x.repeat_interleave(H // G, 1) for x in (k, v))
         scores = q @ k.mT * q.shape[-1] ** -0.5
         e = (scores - scores.detach().amax(-1, keepdim=True)).exp()
-        counts = self.count(H, G, S, is_causal=is_causal)[None]
         if self.by_part:
             counts = self.by_part(H, G, S)
             counts = counts.tril() if is_causal else counts
@@ -160,6 +167,43 @@ def consecutive(segments: tuple[int, ...], rates: tuple[int, ...]) -> PatternCas
     return PatternCase(p.ConsecutiveDilated(segments, rates), _tokens(on))
 
 
+def local_window(window: int, block: int) -> PatternCase:
+    def on(i: Tensor, j: Tensor, _nb: int) -> Tensor:
+        return (i - j).abs() <= (window // block) // 2
+
+    return PatternCase(p.LocalWindow(window, block), _blocks(block, on))
+
+
+def dilated_blocks(rates: tuple[int, ...], block: int) -> PatternCase:
+    def on(i: Tensor, j: Tensor, _nb: int) -> Tensor:
+        return _is_one_of((i - j).abs(), (0, *rates))
+
+    return PatternCase(p.DilatedBlocks(rates, block), _blocks(block, on))
+
+
+def global_local(g: int, window: int, block: int) -> PatternCase:
+    def on(i: Tensor, j: Tensor, _nb: int) -> Tensor:
+        return ((i - j).abs() <= (window // block) // 2) | (i < g) | (j < g)
+
+    return PatternCase(p.GlobalLocal(g, window, block), _blocks(block, on))
+
+
+def adaptive(keep: int, block: int) -> PatternCase:
+    """All pairs may count; q and k choose."""
+
+    def chosen(q: Tensor, k: Tensor, is_causal: bool) -> Tensor:
+        on = reference.chosen_blocks(q, k, keep=keep, block=block, is_causal=is_causal)
+        at = torch.arange(q.shape[2]) // block
+        return on[:, :, at][..., at]
+
+    pattern = p.Adaptive(keep, block=block)
+    return PatternCase(pattern, keep_all, chosen=chosen)
+
+
+def keep_all(H: int, _G: int, S: int) -> Tensor:
+    return torch.ones(H, S, S, dtype=torch.int32)
+
+
 def fixed(L: int, g: int, n: int, block: int, *, horizontal: bool) -> PatternCase:
     def counts(H: int, _G: int, S: int) -> Tensor:
         nb = math.ceil(S / block)
@@ -205,7 +249,7 @@ def variable(
     return PatternCase(pattern, _blocks(block, on))
 
 
-def _hierarchical(levels: tuple[tuple[int, int], ...], block: int) -> PatternCase:
+def hierarchical(levels: tuple[tuple[int, int], ...], block: int) -> PatternCase:
     def on(i: Tensor, j: Tensor, _nb: int) -> Tensor:
         kept = i == j
         for span, stride in levels:
@@ -215,7 +259,7 @@ def _hierarchical(levels: tuple[tuple[int, int], ...], block: int) -> PatternCas
     return PatternCase(p.Hierarchical(levels, block), _blocks(block, on))
 
 
-def _within(mask: PatternCase, other: PatternCase) -> PatternCase:
+def within(mask: PatternCase, other: PatternCase) -> PatternCase:
     assert isinstance(mask.pattern, p.MaskPattern)
     by_part = other.by_part
     return PatternCase(
@@ -300,13 +344,8 @@ def _given(heads: int, block: int, S: int) -> PatternCase:
     return PatternCase(p.Custom(on[0] if heads == 1 else on, block), counts)
 
 
-LOCAL = PatternCase(
-    p.LocalWindow(16, 4), _blocks(4, lambda i, j, _: (i - j).abs() <= (16 // 4) // 2)
-)
-DILATED_BLOCKS = PatternCase(
-    p.DilatedBlocks((2, 5), 4),
-    _blocks(4, lambda i, j, _: _is_one_of((i - j).abs(), (0, 2, 5))),
-)
+LOCAL = local_window(16, 4)
+DILATED_BLOCKS = dilated_blocks((2, 5), 4)
 LONGNET = longnet((8, 24, 48), (1, 2, 4), "paper")
 
 CASES: dict[str, PatternCase] = {
@@ -319,10 +358,7 @@ CASES: dict[str, PatternCase] = {
     "consecutive": consecutive((9, 20, 11), (1, 2, 4)),
     "local window": LOCAL,
     "dilated blocks": DILATED_BLOCKS,
-    "global local": PatternCase(
-        p.GlobalLocal(2, 8, 4),
-        _blocks(4, lambda i, j, _: ((i - j).abs() <= 1) | (i < 2) | (j < 2)),
-    ),
+    "global local": global_local(2, 8, 4),
     "fixed": fixed(4, 1, 1, 4, horizontal=False),
     "fixed by head": fixed(5, 1, 3, 4, horizontal=True),
     "variable": variable((2, 1, 3), ((4, 6),), 4, horizontal=False),
@@ -363,11 +399,17 @@ CASES: dict[str, PatternCase] = {
         p.DilatedWindow(4, 3),
         _tokens(lambda q, k: ((q - k) % 3 == 0) & ((q - k).abs() <= 4 * 3)),
     ),
-    "hierarchical": _hierarchical(((4, 1), (12, 4)), 4),
-    "local and longnet": _within(LOCAL, LONGNET),
-    "local and divided": _within(LOCAL, grouped((8, 24), (2, 3), divides=True)),
-    "dilated and local": _within(DILATED_BLOCKS, LOCAL),
+    "hierarchical": hierarchical(((4, 1), (12, 4)), 4),
+    "local and longnet": within(LOCAL, LONGNET),
+    "local and divided": within(LOCAL, grouped((8, 24), (2, 3), divides=True)),
+    "dilated and local": within(DILATED_BLOCKS, LOCAL),
     "by head": _per_head(LOCAL, DILATED_BLOCKS),
+}
+
+# Not among those above, which are known before q and k are.
+ADAPTIVE: dict[str, PatternCase] = {
+    "adaptive": adaptive(3, 4),
+    "adaptive alone": adaptive(1, 4),
 }
 
 
