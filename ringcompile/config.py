@@ -107,6 +107,13 @@ class RingOptions:
         _check_attention(self.attention)
         _check_stages(self.stages)
         _check_level(self.hilbert_level, self.layout)
+        if self.kernel == "flex" and self.block_order != "natural":
+            raise OptionError(
+                f"kernel='flex' with block_order={self.block_order!r}",
+                at="options",
+                because="a GPU starts the programs of a generated kernel as it likes",
+                instead="kernel='math', or block_order='natural'",
+            )
         _check_timeout(self.timeout_s)
 
     @classmethod

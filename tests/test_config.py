@@ -148,7 +148,6 @@ transport='copy_engine'
     "options",
     [
         {"inputs": "sharded"},
-        {"kernel": "flex"},
         {"kernel": "cudnn"},
         {"kernel": "flash"},
         {"transport": "copy_engine"},
@@ -175,6 +174,7 @@ def test_later_features_are_refused(options: dict[str, object]) -> None:
         {"stages": 0},
         {"stages": True},
         {"hilbert_level": 3},
+        {"kernel": "flex", "block_order": "hilbert"},
         {"layout": "hilbert", "hilbert_level": -1},
         {"layout": "hilbert", "hilbert_level": True},
         {"stages": "many"},

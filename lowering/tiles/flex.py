@@ -12,17 +12,19 @@ from math import log
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from sympy.logic.boolalg import Boolean
 from torch import SymInt, Tensor
 
 from ringcompile import ops
 from ringcompile.ir.evaluate import evaluate
 from ringcompile.ir.mask import FALSE, TRUE, H, is_table
-from ringcompile.ir.schedule import Piece
+from ringcompile.ir.schedule import Coverage, Piece
 from ringcompile.ir.text import parse_mask
 from ringcompile.lowering.program import PartProgram, TileProgram
 from ringcompile.lowering.rows import Size
 from ringcompile.plan.check_pairs import replace_unknown
+from ringcompile.plan.coverage import Span, find_coverage
 from ringcompile.torch_private import (
     BlockLists,
     flex_backward,
@@ -32,7 +34,7 @@ from ringcompile.torch_private import (
 )
 
 BLOCK = 128
-_ROWS_AT_ONCE = 1 << 22  # pairs
+_BLOCKS_AT_ONCE, _MOST_LOOKED_AT = 64, 4096
 _DTYPES = (torch.bfloat16, torch.float16)
 _HEAD_SIZES = (16, 32, 64, 128, 256)
 _LN_2 = log(2.0)
@@ -54,6 +56,8 @@ def takes(part: PartProgram, q: Tensor, v: Tensor, *, is_dense: bool) -> bool:
     if plan.kernel == "math" or plan.dropout is not None or part.is_selected:
         return False
     if mask.choice is not None or any(map(is_table, mask.keeps.atoms())):
+        return False
+    if plan.block_order != "natural":  # programs of a kernel start in no such order
         return False
     if plan.kernel == "flex":
         return True
@@ -183,38 +187,67 @@ def _list_blocks(
     keeps: Boolean, num_heads: int, q: tuple[int, ...], k: tuple[int, ...]
 ) -> str:
     """For each row of blocks those under the mask, then the full ones, as text."""
-    q_pos, k_pos = torch.tensor(q), torch.tensor(k)
-    must, may = (replace_unknown(keeps, value) for value in (FALSE, TRUE))
-    columns = _count(len(k))
-    size = max(1, _ROWS_AT_ONCE // (BLOCK * max(1, len(k))))
-    lines = [str(columns)]
-    for start in range(0, len(q), BLOCK * size):
-        rows = q_pos[start : start + BLOCK * size]
-        is_full, is_some = (
-            _reduce(p, rows, k_pos, num_heads, by_all=by_all)
-            for p, by_all in ((must, True), (may, False))
-        )
-        for full, some in zip(is_full, is_some, strict=True):
-            partial = (some & ~full).nonzero()[:, 0].tolist()
-            whole = full.nonzero()[:, 0].tolist()
-            lines.append(f"{_format(partial)};{_format(whole)}")
-    return "\n".join(lines)
+    rows, columns = (_cut(x) for x in (q, k))
+    kept = torch.zeros(len(rows), len(columns), dtype=torch.int8)
+    undecided: list[tuple[int, int]] = []
+    boxes = [(0, len(rows), 0, len(columns))]
+    while boxes:
+        top, bottom, left, right = boxes.pop()
+        spans = _find_span(q, top, bottom), _find_span(k, left, right)
+        coverage = find_coverage(keeps, *spans).coverage
+        height, width = bottom - top, right - left
+        if coverage is Coverage.FULL:
+            kept[top:bottom, left:right] = _FULL
+        elif coverage is Coverage.PARTIAL and height == width == 1:
+            undecided.append((top, left))
+        elif coverage is Coverage.PARTIAL and height >= width:
+            middle = top + height // 2
+            boxes += [(top, middle, left, right), (middle, bottom, left, right)]
+        elif coverage is Coverage.PARTIAL:
+            middle = left + width // 2
+            boxes += [(top, bottom, left, middle), (top, bottom, middle, right)]
+    if len(undecided) > _MOST_LOOKED_AT:  # a mask all over: that is never wrong
+        kept[torch.tensor(undecided).unbind(1)] = _SOME
+        undecided = []
+    for start in range(0, len(undecided), _BLOCKS_AT_ONCE):
+        some = torch.tensor(undecided[start : start + _BLOCKS_AT_ONCE]).unbind(1)
+        kept[some] = _look_at(keeps, num_heads, rows[some[0]], columns[some[1]])
+    lines = (
+        ";".join(_format((row == n).nonzero()[:, 0].tolist()) for n in (_SOME, _FULL))
+        for row in kept
+    )
+    return "\n".join([str(len(columns)), *lines])
 
 
-def _reduce(
-    p: Boolean, q: Tensor, k: Tensor, num_heads: int, *, by_all: bool
-) -> Tensor:
-    """Whether all or any pairs of each block count; heads are looked at together."""
-    count = num_heads if H in p.free_symbols else 1
-    heads = torch.arange(count).view(-1, 1, 1)
-    found = evaluate(p, (torch.zeros_like(heads), heads, q[:, None], k[None]))
-    found = found.expand(count, len(q), len(k))
-    found = found.all(0) if by_all else found.any(0)
-    pad = (0, -len(k) % BLOCK, 0, -len(q) % BLOCK)
-    found = torch.nn.functional.pad(found, pad, value=by_all)
-    blocks = found.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
-    kept: Tensor = blocks.all(3).all(1) if by_all else blocks.any(3).any(1)
-    return kept
+_SOME, _FULL = 1, 2
+
+
+def _cut(positions: tuple[int, ...]) -> Tensor:
+    """Positions by block, ``(blocks, 128)``; -1 past the end."""
+    padded = F.pad(torch.tensor(positions), (0, -len(positions) % BLOCK), value=-1)
+    return padded.view(-1, BLOCK)
+
+
+def _find_span(positions: tuple[int, ...], first: int, stop: int) -> Span:
+    """The positions of blocks ``first`` to ``stop``; if no run, all between them."""
+    some = positions[first * BLOCK : stop * BLOCK]
+    stride = some[1] - some[0] if len(some) > 1 else 1
+    if stride > 0 and some == tuple(range(some[0], some[-1] + 1, stride)):
+        return Span((0, some[0]), stride, (0, len(some)))
+    return Span((0, min(some)), 1, (0, max(some) - min(some) + 1))
+
+
+def _look_at(keeps: Boolean, num_heads: int, q: Tensor, k: Tensor) -> Tensor:
+    """What blocks hold, ``(n,)``, of positions ``(n, 128)``; heads together."""
+    exists = (q >= 0)[:, None, :, None] & (k >= 0)[:, None, None, :]
+    heads = torch.arange(num_heads if H in keeps.free_symbols else 1)
+    heads = heads.view(1, -1, 1, 1)
+    at = (torch.zeros_like(heads), heads, q[:, None, :, None], k[:, None, None, :])
+    must, may = (evaluate(replace_unknown(keeps, value), at) for value in (FALSE, TRUE))
+    is_full, is_some = must | ~exists, may & exists
+    size = (len(q), heads.shape[1], BLOCK, BLOCK)
+    found = is_some.expand(size).flatten(1).any(1).to(torch.int8)
+    return found + (is_full.expand(size).flatten(1).all(1) & (found > 0))
 
 
 def _format(numbers: list[int]) -> str:

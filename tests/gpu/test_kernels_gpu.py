@@ -80,19 +80,33 @@ def _near(num_heads: int, length: int, block: int, reach: int) -> Tensor:
     return kept.expand(num_heads, length, length).int()
 
 
+def run_dense(case: PatternCase) -> list[Tensor]:
+    """torch's own kernel in bfloat16, under the dense mask ``log C``."""
+    *inputs, grad = (x.cuda().bfloat16() for x in make_inputs())
+    q, k, v = (x.requires_grad_() for x in inputs)
+    counts = case.count(H, G, S, is_causal=True).double().log().cuda().bfloat16()
+    full_k, full_v = (x.repeat_interleave(H // G, 1) for x in (k, v))
+    out = nn.functional.scaled_dot_product_attention(
+        q, full_k, full_v, attn_mask=counts[None]
+    )
+    grads = torch.autograd.grad(out, (q, k, v), grad)
+    return [x.detach().nan_to_num().cpu() for x in (out, *grads)]
+
+
 @pytest.mark.parametrize("name", GPU_CASES)
-def test_generated_kernels_lose_no_more_than_plain_operators(name: str) -> None:
+def test_generated_kernels_lose_no_more_than_a_dense_one(name: str) -> None:
     case = GPU_CASES[name]
     want = wanted(case)
     got, _ = run(case, "inductor", "auto")
-    base, _ = run(case, "eager", "math")
+    base = run_dense(case)
     for what, ours, plain, exact in zip(NAMES, got, base, want, strict=True):
         assert_no_worse_than_one_rank(ours, plain, exact, f"{what} of {name}")
 
 
 def test_masked_tiles_are_flex_in_the_graphs() -> None:
-    case = GPU_CASES["local window"]
-    _, ops = run(case, "capture", "auto")
+    # A pattern that no other test compiles: what a cache holds is not captured.
+    pattern = p.LocalWindow(512, 64)
+    _, ops = run(PatternCase(pattern, CASES["local window"].counts), "capture", "auto")
     assert "flex_attention" in ops
     assert "flex_attention_backward" in ops
     assert "masked_attention" not in ops
