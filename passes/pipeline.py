@@ -41,7 +41,11 @@ from ringcompile.patterns.base import find_segment
 from ringcompile.plan.choose import PartSpec, choose_layout
 from ringcompile.plan.coverage import DependsOnLength
 from ringcompile.plan.stages import build_schedule
-from ringcompile.torch_private import observe_pass, size_hint
+from ringcompile.torch_private import (
+    observe_pass,
+    size_hint,
+    without_saved_tensor_hooks,
+)
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +126,8 @@ def run_passes(
     if (opaque := find_opaque(gm)) is not None:
         _run_whole(opaque, options)
         return Rewritten(gm)
-    made = Rewritten(trace_shadow(gm, example_inputs))
+    with without_saved_tensor_hooks():
+        made = Rewritten(trace_shadow(gm, example_inputs))
     _note(made, "shadow")
     with observe_pass(made.gm, "canonicalize"):
         canonicalize(made.gm)
@@ -184,7 +189,8 @@ def _draws(node: Node) -> bool:
     op = read_op(node)
     if op is None or torch.Tag.nondeterministic_seeded not in op.overload.tags:
         return False
-    return op.args.get("p", 1) != 0 and op.args.get("train", True) is not False
+    rate = op.args.get("p", op.args.get("dropout_p", 1))
+    return rate != 0 and op.args.get("train", True) is not False
 
 
 def _note(made: Rewritten, name: str) -> None:

@@ -36,7 +36,8 @@ class Region:
         q, k, v: the operands.
         scale: factor of ``<Q, K>``.
         mask: the pairs that count, over captures.
-        captures: ``captures[i]`` is the small integer or bool node read as ``ci``.
+        captures: ``captures[i]`` is the integer or bool node read as ``ci``: a small
+            one, or a mask of pairs that the user passes in.
         where: the user's ``file:line`` and the node's name.
         dropout: share of weights that are dropped.
     """

@@ -68,8 +68,10 @@ class RingOptions:
         unsupported: ``gather`` what can't be cut, exactly and with a warning, or
             ``error``.
         kernel: The tile kernel: ``auto`` is the device's best; ``flex`` what Inductor
-            generates for ``flex_attention``, on GPUs; ``math`` plain operators in
-            float32 or more, slow and easy to trust.
+            generates for ``flex_attention``, on GPUs (not of selected rows, which run
+            dense, nor of tables of blocks, chosen blocks and dropout, which run by
+            plain operators); ``math`` plain operators in float32 or more, slow and
+            easy to trust.
         transport: How hops travel.
         stages: Stages that the steps are grouped into, or ``"auto"``.
         block_order: The order in which the blocks of a masked tile are computed.
@@ -190,7 +192,7 @@ def _check_choice(name: str, value: object, choice: _Choice) -> None:
         return
     if isinstance(value, str) and value in choice.later:
         raise _not_built(f"{name}={value!r}", instead=_one_of(choice.built))
-    nearest = _nearest(value, (*choice.built, *choice.later))
+    nearest = _nearest(value, choice.built)
     raise OptionError(
         f"{name}={value!r}",
         at="options",

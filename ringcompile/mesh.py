@@ -47,7 +47,7 @@ def find_ranks(mesh: object = None) -> Ranks:
     Raises:
         OptionError: the mesh is not 1-D, or this process has no place in it.
     """
-    group = _find_group(mesh)
+    group = find_group(mesh)
     if group is None:
         return Ranks()
     rank, size = dist.get_rank(group), dist.get_world_size(group)
@@ -58,7 +58,8 @@ def find_ranks(mesh: object = None) -> Ranks:
     return Ranks(rank, size, group.group_name, _find_device_type(group))
 
 
-def _find_group(mesh: object) -> dist.ProcessGroup | None:
+def find_group(mesh: object = None) -> dist.ProcessGroup | None:
+    """The process group that the option ``mesh`` names; None where there is none."""
     if mesh is None:
         ready = dist.is_available() and dist.is_initialized()
         return dist.group.WORLD if ready else None

@@ -1,8 +1,8 @@
 """Every private API of torch that we use, for torch 2.11 and 2.13, in one place."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from types import FrameType, MappingProxyType
 from typing import Any, NamedTuple
@@ -133,6 +133,17 @@ def outside_tracing() -> AbstractContextManager[object]:
     """Where tensors are real and no op is recorded, though a trace may be under way."""
     context: AbstractContextManager[object] = _disable_current_modes()
     return context
+
+
+@contextmanager
+def without_saved_tensor_hooks() -> Iterator[None]:
+    """Let what is only traced save nothing: a checkpoint around it would count that."""
+    set_tracing = torch._C._autograd._saved_tensors_hooks_set_tracing  # noqa: SLF001
+    before = set_tracing(True)
+    try:
+        yield
+    finally:
+        set_tracing(before)
 
 
 def find_group(name: str) -> ProcessGroup:

@@ -87,7 +87,7 @@ def _mismatch(name: str, here: int, there: int) -> RankMismatchError:
         return RankMismatchError(
             f"{name} differs between rank {here} and rank {there}",
             at="the first call",
-            because="gathered ops draw random numbers, which must agree",
+            because="ops on every rank draw random numbers, which must agree",
             instead="call torch.manual_seed with the same seed on every rank",
         )
     return RankMismatchError(

@@ -27,7 +27,7 @@ def test_longnet_has_a_part_for_each_rate() -> None:
     assert_expected_inline(
         describe(LongNet((16, 64), (1, 4))),
         """\
-k // 16 == q // 16 and k <= q | None
+k // 16 == q // 16 and k <= q | Selection(segment=16, rate=1, offsets=(0, 0, 0, 0), num_kv_heads=2, start=0, stop=None)
 (h - k) % 4 == 0 and k // 64 == q // 64 and k <= q | Selection(segment=64, rate=4, offsets=(0, 1, 2, 3), num_kv_heads=2, start=0, stop=None)""",
     )
 

@@ -30,6 +30,7 @@ def attend_and_drop_checkpointed(x: Tensor) -> Tensor:
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "random states": attend_and_drop,
     "random states, checkpointed": attend_and_drop_checkpointed,
+    "random states, unread": attend,
     "nothing random": attend_and_drop,
 }
 
@@ -57,6 +58,7 @@ def call_with(group: ProcessGroup, rank: int, what: str) -> str:
         ("plans", "planned other schedules"),
         ("random states", "the random state differs"),
         ("random states, checkpointed", "the random state differs"),
+        ("random states, unread", ""),
         ("nothing", ""),
         ("nothing random", ""),
     ],

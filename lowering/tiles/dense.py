@@ -120,12 +120,14 @@ def attend_backward(  # noqa: PLR0913 - what a backward reads
             *tensors, lse, 0.0, is_causal, scale=scale
         )
     elif backend is Backend.CUDNN:
+        lse = lse.contiguous()
         grads = _ATEN._scaled_dot_product_cudnn_attention_backward(  # noqa: SLF001
             *(*tensors, lse[..., None], *_no_seed(q), None, None, None),
             *(q.shape[2], k.shape[2], 0.0, is_causal),
             scale=scale,
         )
     elif backend is Backend.CUDA_FLASH:
+        lse = lse.contiguous()  # the kernel reads it as if it were
         grads = _ATEN._scaled_dot_product_flash_attention_backward(  # noqa: SLF001
             *(*tensors, lse, None, None, q.shape[2], k.shape[2], 0.0, is_causal),
             *_no_seed(q),

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ringcompile.ir.evaluate import shift_right, splitmix64
+
 _BITS = 31
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as the signed number with these bits
-_FACTORS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 
 
 def find_kept(seed: Tensor, at: Sequence[Tensor], rate: float) -> Tensor:
@@ -24,21 +24,9 @@ def find_kept(seed: Tensor, at: Sequence[Tensor], rate: float) -> Tensor:
     Returns:
         bool tensor of the broadcast shape.
 
-    Source: splitmix64 (Steele, Lea, Flood 2014), once for each index.
+    Source: ``splitmix64``, once for each index.
     """
-    x = _mix(seed.view(()) + _GOLDEN)
+    x = splitmix64(seed.view(()))
     for index in at:
-        x = _mix(x ^ index)
-    return _shift_right(x, 64 - _BITS) >= round(rate * (1 << _BITS))
-
-
-def _mix(x: Tensor) -> Tensor:
-    first, second = _FACTORS
-    x = (x ^ _shift_right(x, 30)) * first  # int64 products wrap around
-    x = (x ^ _shift_right(x, 27)) * second
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Zeros come in from the left, whatever the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+        x = splitmix64(x ^ index)
+    return shift_right(x, 64 - _BITS) >= round(rate * (1 << _BITS))

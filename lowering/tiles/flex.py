@@ -39,20 +39,17 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _HEAD_SIZES = (16, 32, 64, 128, 256)
 _LN_2 = log(2.0)
 
-_read_mask = lru_cache(maxsize=256)(parse_mask)
 
-
-def takes(part: PartProgram, q: Tensor, v: Tensor, *, is_dense: bool) -> bool:
+def takes(part: PartProgram, q: Tensor, v: Tensor) -> bool:
     """Whether these kernels compute a piece.
 
     Args:
         part: the part it belongs to.
         q: its queries.
         v: its values.
-        is_dense: whether kernels without a mask could.
     """
     plan = part.frame.plan
-    mask = _read_mask(part.mask)
+    mask = parse_mask(part.mask)
     if plan.kernel == "math" or plan.dropout is not None or part.is_selected:
         return False
     if mask.choice is not None or any(map(is_table, mask.keeps.atoms())):
@@ -62,7 +59,7 @@ def takes(part: PartProgram, q: Tensor, v: Tensor, *, is_dense: bool) -> bool:
     if plan.kernel == "flex":
         return True
     fits = q.dtype in _DTYPES and {q.shape[-1], v.shape[-1]} <= set(_HEAD_SIZES)
-    return not is_dense and fits and q.is_cuda and is_traced()
+    return fits and q.is_cuda and is_traced()
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +138,7 @@ def _build_masking(
     positions: tuple[Tensor, Tensor],
 ) -> _Masking:
     q_pos, k_pos = (x[0] for x in positions)
-    mask = _read_mask(part.mask)
+    mask = parse_mask(part.mask)
     length = part.frame.plan.schedule.length
     if length is None:
         lists = _list_all(q_pos, k_pos)

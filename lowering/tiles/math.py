@@ -7,7 +7,7 @@ so none grows faster than linearly in S.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -22,8 +22,6 @@ from ringcompile.lowering.tiles.dropout import find_kept
 
 _Q_ROWS = 128
 _KV_ROWS = 1024
-
-_parse_mask = lru_cache(maxsize=256)(parse_mask)
 
 _Cells = Iterable[tuple[int, int]]
 
@@ -144,7 +142,7 @@ def _masked_attention(  # noqa: PLR0913 - the op's schema
 ) -> tuple[Tensor, Tensor]:
     k_pos = _per_query_head(k_pos, q.shape[1])
     dropped = (dropout, seed)
-    tile = _Tile(q, k, v, q_pos, k_pos, captures, _parse_mask(mask), *dropped)
+    tile = _Tile(q, k, v, q_pos, k_pos, captures, parse_mask(mask), *dropped)
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=tile.dtype)
     top = q.new_full((*q.shape[:-1], 1), -torch.inf, dtype=tile.dtype)
     total = torch.zeros_like(top)
@@ -207,7 +205,7 @@ def _masked_attention_backward(  # noqa: PLR0913, PLR0917 - the op's schema
 ) -> tuple[Tensor, Tensor, Tensor]:
     k_pos = _per_query_head(k_pos, q.shape[1])
     dropped = (dropout, seed)
-    tile = _Tile(q, k, v, q_pos, k_pos, captures, _parse_mask(mask), *dropped)
+    tile = _Tile(q, k, v, q_pos, k_pos, captures, parse_mask(mask), *dropped)
     dq, dk, dv = (x.new_zeros(x.shape, dtype=tile.dtype) for x in (q, k, v))
     G = k.shape[1]
     for i, j, weights, d_scores in _score_gradients(
@@ -269,7 +267,7 @@ def _block_gradients(  # noqa: PLR0913, PLR0917 - the op's schema
 ) -> Tensor:
     assert q_pos.shape[0] == k_pos.shape[0] == 1, "blocks are of all heads' rows"
     dropped = (dropout, seed)
-    tile = _Tile(q, k, v, q_pos, k_pos, captures, _parse_mask(mask), *dropped)
+    tile = _Tile(q, k, v, q_pos, k_pos, captures, parse_mask(mask), *dropped)
     q_block, k_block = (x[0].clamp(min=0) // block for x in (q_pos, k_pos))
     shape = (*q.shape[:2], num_blocks, num_blocks)
     total = q.new_zeros(shape, dtype=tile.dtype)

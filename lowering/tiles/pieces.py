@@ -38,7 +38,7 @@ def attend_piece(
         is_causal = piece.kernel is Kernel.CAUSAL
         found = attend(*map(view.take, (q, k, v)), is_causal=is_causal, scale=scale)
         return view.put_queries(*found)
-    if flex.takes(part, q, v, is_dense=False):
+    if flex.takes(part, q, v):
         positions = _positions(part, tile, piece)
         return flex.attend(part, tile, piece, (q, k, v), positions)
     out, lse = ops.MASKED_ATTENTION(
@@ -78,7 +78,7 @@ def piece_gradients(
         return view.put_gradients(
             *attend_backward(*taken, is_causal=is_causal, scale=scale)
         )
-    if flex.takes(part, q, v, is_dense=False):
+    if flex.takes(part, q, v):
         positions = _positions(part, tile, piece)
         return flex.attend_backward(part, tile, piece, tensors, positions)
     dq, dk, dv = ops.MASKED_ATTENTION_BACKWARD(

@@ -34,8 +34,8 @@ class RankPlan:
             their change).
         block_order: in which order the blocks of a masked tile are computed:
             ``natural``, query rows after query rows, or ``hilbert``, along the curve.
-        kernel: ``auto``: dense tiles by the device's best kernel; ``math``: every tile
-            by plain operators.
+        kernel: ``auto``: each tile by the device's best kernel; ``flex``: by generated
+            ones, where they carry its mask; ``math``: by plain operators.
         dropout: of weights; None if none is dropped.
     """
 

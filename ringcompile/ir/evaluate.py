@@ -165,15 +165,15 @@ def splitmix64(x: Tensor) -> Tensor:
     OOPSLA 2014.
     """
     x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
+    x = (x ^ shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ shift_right(x, 31)
 
 
 def _signed(n: int) -> int:
     return n - (1 << 64) if n >> 63 else n
 
 
-def _shift(x: Tensor, by: int) -> Tensor:
+def shift_right(x: Tensor, by: int) -> Tensor:
     """``x`` shifted right, zeros moving in."""
     return (x >> by) & ((1 << (64 - by)) - 1)

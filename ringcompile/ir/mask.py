@@ -1,7 +1,7 @@
 """Masks as predicates on global positions.
 
 A mask is a sympy Boolean over ``b`` (batch), ``h`` (query head), ``q`` and ``k``
-(global positions in the user's order), *captures*, small tensors known at run time and
+(global positions in the user's order), *captures*, tensors known at run time and
 written as ``c0(b, k)`` (``m0(b, q, x)``: its list there has ``x`` as a member), and
 *tables* of blocks (``ir.tables``). Invariant: every atom
 is ``e >= 0``, ``e == 0`` or ``e != 0`` with an integer-valued ``e`` in the normal form

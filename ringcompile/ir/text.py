@@ -6,6 +6,7 @@ Invariant: equal records give equal ASCII text, and parsing that gives the recor
 
 import json
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -86,6 +87,7 @@ def format_mask(mask: Mask) -> str:
     return _dump(_mask_to_json(mask))
 
 
+@lru_cache(maxsize=1024)
 def parse_mask(text: str) -> Mask:
     """Read a mask back."""
     return _mask_from_json(json.loads(text))

@@ -63,7 +63,8 @@ class RingAttention(nn.Module):
             is_causal: whether no query sees a later key, on top of the masks.
             attn_mask: bool ``(S, S)``, ``(B * H, S, S)`` or what broadcasts to
                 ``(B, H, S, S)``; or float, of 0 and -inf. Other floats are added to the
-                scores where attention is exact, and refused under a pattern.
+                scores where attention is exact, which then runs gathered, with a
+                warning; under a pattern they are refused.
             key_padding_mask: ``(B, S)``, of keys, likewise.
 
         Returns:

@@ -82,10 +82,10 @@ class MultiheadRingAttention(nn.MultiheadAttention):
         config = config or RingAttentionConfig()
         own = {"embed_dim": embed_dim, "num_heads": num_heads, "bias": bias}
         _check_agreement(config, own | {"dropout": dropout})
-        self.reason = ""
+        self.reason = self.note = ""
         if isinstance(attention, str) and attention != "exact":
             found, self.reason = pick_preset(attention, find_hardware(mesh), config)
-            options = found.options(config, is_multihead=True)
+            options, self.note = found.options(config, is_multihead=True), found.note()
         else:
             options = {"attention": attention, **run_options(config)}
         self._runner = make_runner(
@@ -174,7 +174,7 @@ class MultiheadRingAttention(nn.MultiheadAttention):
     def extra_repr(self) -> str:
         """The pattern, and why it was chosen."""
         pattern = self._runner.options.attention
-        return "; ".join(filter(None, (str(pattern), self.reason)))
+        return "; ".join(filter(None, (str(pattern), self.reason, self.note)))
 
 
 def _check_agreement(config: RingAttentionConfig, own: dict[str, object]) -> None:

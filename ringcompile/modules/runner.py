@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ringcompile.config import RingOptions
 from ringcompile.errors import OptionError, RingCompileError
-from ringcompile.mesh import find_ranks
+from ringcompile.mesh import find_group, find_ranks
 from ringcompile.preset import RingAttentionConfig, read_options
 from ringcompile.torch_private import mode_patches
 
@@ -28,8 +28,9 @@ class Runner:
     Attributes:
         options: the backend's.
         config: the rest of what was asked for.
-        layer: number of the layer.
+        layer: number of the layer; a copy has the same.
         name: what errors call the module.
+        rank: of this process.
     """
 
     options: RingOptions
@@ -54,7 +55,11 @@ class Runner:
         Raises:
             RingCompileError: what the backend refuses.
         """
-        kind = (torch.is_grad_enabled(), *map(_kind_of, args))
+        group = find_group(self.options.mesh)
+        ranks = find_ranks(self.options.mesh)
+        length = self._fixed_length(args[0], ranks.size)
+        around = (torch.is_grad_enabled(), id(group), ranks, length)
+        kind = (*around, *map(_kind_of, args))
         compiled = _compile(function, self.options, kind)
         config = self.config
         if config.validate_gradients:
@@ -71,8 +76,16 @@ class Runner:
             raise
         return out
 
+    def _fixed_length(self, x: object, cp_size: int) -> int | None:
+        """The length, if a plan serves no other; ``x`` is ``(B, S, ...)``."""
+        assert isinstance(x, Tensor), "queries come first"
+        serves_all = self.is_exact and (cp_size == 1 or x.shape[1] % (2 * cp_size) == 0)
+        return None if serves_all else int(x.shape[1])
+
     def _watch(self, x: object) -> object:
-        """The same tensor, whose gradient raises if it is not finite."""
+        """The same tensors, whose gradients raise if they are not finite."""
+        if type(x) is tuple:
+            return tuple(map(self._watch, x))
         if not (isinstance(x, Tensor) and x.requires_grad):
             return x
         x = x.view_as(x)  # a hook on the user's own tensor would stay there

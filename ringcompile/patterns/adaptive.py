@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import sympy
+from sympy.core.function import AppliedUndef
 from torch import nn
 
 from ringcompile.errors import OptionError
@@ -15,6 +16,7 @@ from ringcompile.ir.mask import (
     Q,
     conjunction,
     conjuncts,
+    is_capture,
     is_listed,
 )
 from ringcompile.patterns.base import (
@@ -67,6 +69,14 @@ class Adaptive:
                 because="an attention has one choice of blocks",
                 instead="one of the two, or the other as a fixed layout",
             )
+        if any(map(_reads_pairs, mask.keeps.atoms(AppliedUndef))):
+            raise OptionError(
+                "a mask of pairs that is passed in as a tensor",
+                at="Adaptive",
+                because="it may hide the future, which a block of queries would then be"
+                " summed up with",
+                instead="is_causal=True, or a mask built from positions in the graph",
+            )
         is_learned = self.scorer is not None
         number = mask.num_captures + (2 if is_learned else 0)
         i, j = sympy.floor(Q / self.block), sympy.floor(K / self.block)
@@ -76,3 +86,8 @@ class Adaptive:
         )
         chosen = replace(without_mean(mask), num_captures=number + 1, choice=choice)
         return ((chosen & is_listed(number, j, B, H, i), None),)
+
+
+def _reads_pairs(read: AppliedUndef) -> bool:
+    """Whether a capture is read at a query and a key at once."""
+    return is_capture(read) and {Q, K} <= read.free_symbols

@@ -17,7 +17,7 @@ from torch import Tensor
 from ringcompile.errors import PlanError
 from ringcompile.ir.evaluate import evaluate
 from ringcompile.ir.layout import Layout
-from ringcompile.ir.mask import FALSE, TRUE, H, has_captures
+from ringcompile.ir.mask import FALSE, TRUE, B, H, has_captures
 from ringcompile.ir.schedule import Coverage, Kernel, Part, Schedule, Tile
 from ringcompile.plan.coverage import Span, find_coverage
 from ringcompile.plan.tiles import EMPTY_TILE, Strip, find_strips
@@ -116,10 +116,10 @@ def find_kept(p: Boolean, length: int) -> tuple[Tensor, Tensor]:
 
 
 def replace_unknown(p: Boolean, value: Boolean) -> Boolean:
-    """``p`` with every atom that captures decide set to ``value``."""
+    """``p`` with every atom that captures or the batch decide set to ``value``."""
     if isinstance(p, (sympy.And, sympy.Or)):
         return p.func(*(replace_unknown(a, value) for a in p.args))
-    return value if has_captures(p) else p
+    return value if has_captures(p) or B in p.free_symbols else p
 
 
 # Selected rows: the tile says whether there is a pair, the rows follow from it.
@@ -220,12 +220,14 @@ def _find_fault(
 
 
 def _is_empty(p: Boolean, q: Strip, kv: Strip) -> bool:
-    """Whether no pair counts; parts of a curve are asked about down to single rows."""
-    if find_coverage(p, q.span, kv.span).coverage is Coverage.EMPTY:
+    """Whether no pair counts; what is undecided is asked about down to single rows."""
+    coverage = find_coverage(p, q.span, kv.span).coverage
+    if coverage is Coverage.EMPTY:
         return True
-    sizes = [0 if s.order is None else len(s.order) for s in (q, kv)]
+    sizes = [s.count[1] for s in (q, kv)]
     half = max(sizes) // 2
-    if not half:
+    is_run = q.order is None and kv.order is None
+    if not half or (is_run and coverage is Coverage.FULL):
         return False
     if sizes[0] > sizes[1]:
         parts = (q.part(0, half), q.part(half, sizes[0] - half))

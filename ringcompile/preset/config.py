@@ -137,6 +137,7 @@ class RingAttentionConfig:
                     because="each segment length has one rate",
                     instead=f"as many {other}, or neither of both",
                 )
+        self._check_words()
         is_number = isinstance(self.dropout, int | float)
         if not (is_number and 0 <= self.dropout < 1):
             raise OptionError(
@@ -169,6 +170,26 @@ class RingAttentionConfig:
                 because="no layer is checkpointed",
                 instead="use_checkpointing=True, or leave checkpoint_frequency out",
             )
+
+    def _check_words(self) -> None:
+        """What options of the backend would name by another word."""
+        for name, fits, wanted in (
+            ("communication_backend", self.communication_backend in _TRANSPORTS, ""),
+            ("watchdog_timeout", _is_above_zero(self.watchdog_timeout), "seconds > 0"),
+            (
+                "sparsity_ratio",
+                self.sparsity_ratio is None
+                or (_is_above_zero(self.sparsity_ratio) and self.sparsity_ratio <= 1),
+                "above 0 and at most 1",
+            ),
+        ):
+            if not fits:
+                raise OptionError(
+                    f"{name}={getattr(self, name)!r}",
+                    at=_NAME,
+                    because="it has no such value",
+                    instead=wanted or " or ".join(map(repr, _TRANSPORTS)),
+                )
 
     def _check_what_is_built(self) -> None:
         for name in NOT_BUILT:
@@ -229,6 +250,14 @@ class RingAttentionConfig:
         return cls.from_dict(
             {"use_checkpointing": True, "watchdog_timeout": 1800.0} | values
         )
+
+
+_TRANSPORTS = ("auto", "p2p")
+
+
+def _is_above_zero(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and value > 0  # type: ignore[operator]
 
 
 _NAME = RingAttentionConfig.__name__

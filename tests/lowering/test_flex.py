@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from ringcompile import ops
 from ringcompile.ir.evaluate import evaluate
 from ringcompile.ir.layout import LAYOUTS, Layout
-from ringcompile.ir.mask import Mask, causal, key_padding, window
+from ringcompile.ir.mask import B, Mask, at_least_zero, causal, key_padding, window
 from ringcompile.lowering.tiles import flex, pieces
 from ringcompile.patterns import AttentionSpec, Custom, LocalWindow, PerHead
 
@@ -81,6 +81,16 @@ def read_lists(text: str) -> tuple[Tensor, Tensor]:
         found.append(on)
     partial, full = found
     return partial, full
+
+
+def test_what_hangs_on_the_batch_is_under_the_mask() -> None:
+    """Lists are of all batches: a block that is full in one may be empty in another."""
+    positions = tuple(range(256))
+    for first_only in (at_least_zero(-B), at_least_zero(B - 1)):
+        text = flex._list_blocks(first_only, 1, positions, positions)
+        partial, full = read_lists(text)
+        assert partial.all()
+        assert not full.any()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

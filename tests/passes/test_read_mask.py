@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from support.attentions import Traced, trace
 from torch import Tensor
 
+from ringcompile.ir.evaluate import evaluate
 from ringcompile.ir.mask import (
     TRUE,
     EmptyRow,
@@ -372,21 +373,6 @@ def test_of_positions_alone_there_is_one_run() -> None:
 
 UNREADABLE: dict[str, tuple[MaskFn, tuple[Tensor, ...], str]] = {
     "dense random bias": (lambda s, x: x, (torch.randn(B, 1, S, S),), "isn't computed"),
-    "S x S mask as input": (
-        lambda s, m: m,
-        (torch.rand(S, S) > 0.5,),
-        "every pair of tokens",
-    ),
-    "S x S ints compared": (
-        lambda s, m: m[None, None] < 3,
-        (torch.randint(0, 5, (S, S)),),
-        "every pair of tokens",
-    ),
-    "flattened S x S mask": (
-        lambda s, m: m.view(s, s),
-        (torch.rand(S * S) > 0.5,),
-        "every pair of tokens",
-    ),
     "rows of a computed S x S": (
         lambda s, d: (d[:, :, None] * d[:, None, :]).amax(-1).bool()[:, None, None],
         (torch.randint(0, 2, (B, S)),),
@@ -426,6 +412,40 @@ UNREADABLE: dict[str, tuple[MaskFn, tuple[Tensor, ...], str]] = {
         "",
     ),
 }
+
+
+# A mask of pairs that the user passes in lies on every rank, whatever is done.
+GIVEN: dict[str, tuple[MaskFn, Tensor, str]] = {
+    "bools": (lambda s, m: m, torch.rand(S, S) > 0.5, "c0[q, k] != 0"),
+    "true where hidden": (lambda s, m: ~m, torch.rand(S, S) > 0.5, "c0[q, k] == 0"),
+    "of each batch": (
+        lambda s, m: m,
+        torch.rand(B, 1, S, S) > 0.5,
+        "c0[b, 0, q, k] != 0",
+    ),
+    "ints compared": (
+        lambda s, m: m[None, None] < 3,
+        torch.randint(0, 5, (S, S)),
+        "c0[q, k] <= 2",
+    ),
+    "flattened": (
+        lambda s, m: m.view(s, s),
+        torch.rand(S * S) > 0.5,
+        f"c0[k + {S}*q] != 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_mask_of_pairs_that_is_passed_in_is_read_as_it_is(name: str) -> None:
+    make_mask, given, text = GIVEN[name]
+    region = trace_masked(make_mask, given).region()
+    assert str(region.mask) == text
+    at = torch.meshgrid(torch.arange(B), *[torch.arange(S)] * 2, indexing="ij")
+    b, q, k = (x[:, None] for x in at)
+    want = make_mask(S, given).expand(B, 1, S, S)
+    got = evaluate(region.mask.keeps, (b, torch.zeros_like(b), q, k), [given])
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
