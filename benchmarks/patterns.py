@@ -19,18 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ringcompile  # noqa: F401 - the backend, in a checkout that is not installed
-from ringcompile.ir.mask import Mask, causal
 from ringcompile.patterns import (
-    AttentionSpec,
     GlobalLocal,
     LocalWindow,
     LongNet,
+    MaskPattern,
     Pattern,
     Sinks,
 )
-from ringcompile.plan.kept import read_grid
-
-_GRID = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +85,6 @@ def _build_rows(args: argparse.Namespace) -> list[Row]:
     options = {"generator": random, "device": args.device, "dtype": _dtype(args)}
     q, k, v, grad = (torch.randn(1, n, S, D, **options) for n in (H, G, G, H))
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    spec = AttentionSpec(H, G, S, is_causal=True)
 
     def build(pattern: Pattern | None) -> Callable[[], None]:
         compiled = torch.compile(_attend, backend="inductor")
@@ -103,7 +98,7 @@ def _build_rows(args: argparse.Namespace) -> list[Row]:
 
         return call
 
-    patterns: tuple[Pattern, ...] = (
+    patterns: tuple[LongNet | MaskPattern, ...] = (
         LongNet((S // 16, S // 4, S), (1, 4, 16), offset="kv_head"),
         LongNet((S // 16,), (1,)),
         LocalWindow(S // 8, 128),
@@ -111,7 +106,7 @@ def _build_rows(args: argparse.Namespace) -> list[Row]:
         Sinks(64, S // 32),
     )
     rows = [Row("dense causal", build(None), 1.0)]
-    return rows + [Row(str(p), build(p), _share(p, spec)) for p in patterns]
+    return rows + [Row(str(p), build(p), _share(p, S)) for p in patterns]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -121,11 +116,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     )
 
 
-def _share(pattern: Pattern, spec: AttentionSpec) -> float:
-    """Pairs over those of a causal mask, by the picture of one head."""
-    parts = pattern.build_parts(Mask(causal()), spec)
-    mean = read_grid(parts, int(spec.length), cells=_GRID, head=0).mean
-    return float(mean.mean()) * 2
+def _share(pattern: LongNet | MaskPattern, length: int) -> float:
+    """Pairs that are computed over those of a causal mask."""
+    if isinstance(pattern, MaskPattern):
+        return pattern.density(length, is_causal=True)
+    sizes = zip(pattern.segments, pattern.rates, strict=True)
+    return sum(segment / rate**2 for segment, rate in sizes) / length
 
 
 def _time_rounds(rows: list[Row], rounds: int) -> dict[str, list[float]]:
