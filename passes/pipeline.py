@@ -18,9 +18,9 @@ from ringcompile.config import RingOptions
 from ringcompile.errors import OptionError, UnsupportedAttentionError
 from ringcompile.ir.attention import Dropout, RankPlan
 from ringcompile.ir.layout import Layout
-from ringcompile.ir.mask import causal, conjuncts
+from ringcompile.ir.mask import FALSE, later_keys
 from ringcompile.ir.reshard import ReshardSpec, format_spec
-from ringcompile.ir.schedule import Schedule
+from ringcompile.ir.schedule import PartSpec, Schedule
 from ringcompile.ir.text import format_plan
 from ringcompile.mesh import Ranks
 from ringcompile.passes.caches import CACHE_ADVICE, find_cache_outputs
@@ -38,7 +38,7 @@ from ringcompile.passes.shadow import find_opaque, trace_shadow, where
 from ringcompile.passes.text import format_graph
 from ringcompile.patterns import AttentionSpec, Pattern
 from ringcompile.patterns.base import find_segment
-from ringcompile.plan.choose import PartSpec, choose_layout
+from ringcompile.plan.choose import choose_layout
 from ringcompile.plan.coverage import DependsOnLength
 from ringcompile.plan.stages import build_schedule
 from ringcompile.torch_private import (
@@ -260,7 +260,7 @@ class _Attention:
         if not isinstance(pattern, Pattern):
             return ((region.mask, None),)
         heads, kv_heads = (shape_of(o.node)[1] for o in (region.q, region.k))
-        is_causal = causal() in conjuncts(region.mask.keeps)
+        is_causal = later_keys(region.mask.keeps) == FALSE
         spec = AttentionSpec(heads, kv_heads, length, is_causal)
         return pattern.build_parts(region.mask, spec)
 

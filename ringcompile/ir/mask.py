@@ -353,6 +353,11 @@ def causal() -> Boolean:
     return at_least_zero(Q - K)
 
 
+def later_keys(p: Boolean) -> Boolean:
+    """What ``p`` keeps of keys behind their query; ``FALSE`` if nothing by its form."""
+    return conjunction(p, at_least_zero(K - Q - 1))
+
+
 def window(left: int = -1, right: int = -1) -> Boolean:
     """Keys at most ``left`` tokens before and ``right`` after; -1 means no limit."""
     before = TRUE if left < 0 else at_least_zero(K - Q + left)

@@ -71,7 +71,7 @@ def read_masks(
     batch, heads, rows, keys = sizes
     if attn_mask is not None:
         if attn_mask.dim() == 3 and attn_mask.shape[0] == batch * heads:  # noqa: PLR2004
-            attn_mask = attn_mask.view(batch, heads, *attn_mask.shape[1:])
+            attn_mask = attn_mask.unflatten(0, (batch, heads))
         _check_shape(runner, "attn_mask", attn_mask, (batch, heads, rows, keys))
     if key_padding_mask is not None:
         _check_shape(runner, "key_padding_mask", key_padding_mask, (batch, keys))

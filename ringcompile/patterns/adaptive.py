@@ -4,10 +4,13 @@ from dataclasses import dataclass, replace
 
 import sympy
 from sympy.core.function import AppliedUndef
+from sympy.logic.boolalg import Boolean
 from torch import nn
 
 from ringcompile.errors import OptionError
 from ringcompile.ir.mask import (
+    FALSE,
+    TRUE,
     B,
     BlockChoice,
     H,
@@ -18,6 +21,7 @@ from ringcompile.ir.mask import (
     conjuncts,
     is_capture,
     is_listed,
+    later_keys,
 )
 from ringcompile.patterns.base import (
     AttentionSpec,
@@ -25,6 +29,8 @@ from ringcompile.patterns.base import (
     require_positive,
     without_mean,
 )
+from ringcompile.plan.check_pairs import replace_unknown
+from ringcompile.plan.kept import count_kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +88,26 @@ class Adaptive:
         i, j = sympy.floor(Q / self.block), sympy.floor(K / self.block)
         visible = (p for p in conjuncts(mask.keeps) if not p.has(Q, H))
         choice = BlockChoice(
-            self.keep, self.block, spec.is_causal, conjunction(*visible), is_learned
+            *(self.keep, self.block, _hides_all_later(mask.keeps, spec)),
+            *(conjunction(*visible), is_learned),
         )
         chosen = replace(without_mean(mask), num_captures=number + 1, choice=choice)
         return ((chosen & is_listed(number, j, B, H, i), None),)
+
+
+def _hides_all_later(keeps: Boolean, spec: AttentionSpec) -> bool:
+    """Whether no query sees a later key, by the user's mask and patterns on top.
+
+    If captures might let one see it, none is hidden. Where the length is open, the
+    first tokens stand for all.
+    """
+    later = replace_unknown(later_keys(keeps), TRUE)
+    length = spec.length if isinstance(spec.length, int) else _SAMPLE
+    heads = range(spec.num_heads if H in later.free_symbols else 1)
+    return later == FALSE or not any(count_kept(later, length, head=h) for h in heads)
+
+
+_SAMPLE = 1024
 
 
 def _reads_pairs(read: AppliedUndef) -> bool:

@@ -4,12 +4,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ringcompile.ir.layout import Layout
-from ringcompile.ir.mask import Mask
-from ringcompile.ir.schedule import Selection
+from ringcompile.ir.schedule import PartSpec
 from ringcompile.plan.cost import CPU, Machine, Sizes, estimate_seconds
 from ringcompile.plan.stages import build_schedule
-
-PartSpec = tuple[Mask, Selection | None]
 
 # Simplest first. striped never costs less than zigzag by more than the model's error.
 _CANDIDATES = ("contiguous", "zigzag")

@@ -13,9 +13,18 @@ from torch.distributed import ProcessGroup
 
 from ringcompile import reference
 from ringcompile.errors import OptionError
-from ringcompile.ir.mask import Mask, causal
+from ringcompile.ir.mask import (
+    K,
+    Mask,
+    Q,
+    at_least_zero,
+    causal,
+    disjunction,
+    equals_zero,
+    key_padding,
+)
 from ringcompile.ir.text import format_mask, parse_mask
-from ringcompile.patterns import Adaptive, AttentionSpec, LocalWindow, Pattern
+from ringcompile.patterns import Adaptive, AttentionSpec, LocalWindow, Pattern, Sinks
 
 BLOCK = 4
 
@@ -272,3 +281,31 @@ def test_what_is_refused() -> None:
         Adaptive(0)
     with pytest.raises(OptionError, match="nothing of it could learn"):
         Adaptive(2, scorer=max)  # type: ignore[arg-type]
+
+
+CAUSAL_OR_NOT: dict[str, tuple[Mask, Pattern, bool]] = {
+    "causal": (Mask(causal()), Adaptive(2, block=8), True),
+    "strictly, but for the first": (
+        Mask(disjunction(at_least_zero(Q - K - 1), at_least_zero(-Q - K))),
+        Adaptive(2, block=8),
+        True,
+    ),
+    "by a pattern on top": (Mask(), Sinks(4, 20) & Adaptive(2, block=8), True),
+    "with padding": (Mask(causal() & key_padding(0), 1), Adaptive(2, block=8), True),
+    "padding alone": (Mask(key_padding(0), 1), Adaptive(2, block=8), False),
+    "all but one later key": (
+        Mask(disjunction(causal(), equals_zero(K - Q - 39))),
+        Adaptive(2, block=8),
+        False,
+    ),
+    "none": (Mask(), Adaptive(2, block=8), False),
+}
+
+
+@pytest.mark.parametrize("name", CAUSAL_OR_NOT)
+def test_a_block_is_summed_up_by_what_no_query_may_not_see(name: str) -> None:
+    """However it is spelled that no later key is seen: a mean would leak it."""
+    mask, pattern, is_causal = CAUSAL_OR_NOT[name]
+    ((chosen, _),) = pattern.build_parts(mask, AttentionSpec(2, 2, 40))
+    assert chosen.choice is not None
+    assert chosen.choice.is_causal == is_causal
