@@ -180,7 +180,7 @@ def _build_ring(rank: int, args: argparse.Namespace, name: str) -> Callable[[], 
 
     def call() -> None:
         q, k, v = (x.detach().requires_grad_() for x in inputs)
-        ops.RING_ATTENTION(q, k, v, [], plan=plan).backward(grad)
+        ops.RING_ATTENTION(q, k, v, [], [], plan=plan).backward(grad)
         dist.barrier()
 
     return call

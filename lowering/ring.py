@@ -34,8 +34,15 @@ from ringcompile.lowering.tiles.pieces import (
 )
 
 
-def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor], *, plan: str
+def ring_attention(  # noqa: PLR0913 - the op's schema
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    sinks: Tensor | None = None,
+    *,
+    plan: str,
 ) -> Tensor:
     """Attention of this rank's queries over the keys of all ranks.
 
@@ -44,11 +51,15 @@ def ring_attention(
         k: own rows, ``(B, G, T, D)``.
         v: own rows, ``(B, G, T, E)``.
         captures: what the mask reads, full and equal on all ranks.
+        biases: added to scores, as the plan says; those not cut equal on all ranks.
+        sinks: ``(H,)``, the score of one more key per head whose value is 0.
         plan: ``ir.text.format_plan`` of a ``RankPlan``.
 
     Returns:
         ``(B, H, T, E)`` in the dtype of ``q``.
     """
+    assert not biases, "not lowered yet"
+    assert sinks is None, "not lowered yet"
     device = q.device.type
     if torch.is_autocast_enabled(device):  # as torch's own attention is autocast
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))

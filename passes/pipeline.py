@@ -95,7 +95,7 @@ class Rewritten:
         text = "\n".join(
             f"{a.plan.index} {a.plan.scale!r} {a.plan.group_name} {a.plan.sources}"
             f" {a.plan.schedule!r} {a.plan.block_order} {a.plan.kernel}"
-            f" {a.plan.dropout!r}"
+            f" {a.plan.dropout!r} {a.plan.softcap!r} {a.plan.biases!r}"
             for a in self.attentions
         )
         return hashlib.sha256(text.encode()).hexdigest()

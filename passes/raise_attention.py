@@ -29,7 +29,7 @@ def _replace(graph: Graph, index: int, region: Region) -> Node:
         seeds = [_write_seed(graph, q)] if region.dropout else []
         call = graph.call_function(
             RING_ATTENTION,
-            (q, k, v, [*region.captures, *seeds]),
+            (q, k, v, [*region.captures, *seeds], []),
             {"plan": f"attention {index}"},
         )
     call.meta.update(output.meta)

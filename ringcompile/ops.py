@@ -13,7 +13,9 @@ LIBRARY = torch.library.Library("ringcompile", "DEF")
 
 # Schemas end with a semicolon; the grammar has no comments, so here is the glossary.
 #   ring_attention  attention of local shards. `captures` are full and replicated,
-#                   `plan` is `ir.text.format_plan` of a `RankPlan`.
+#                   `biases` are as the plan says, `sinks` (H,) are scores of one more
+#                   key per head, whose value is 0. `plan` is `ir.text.format_plan` of
+#                   a `RankPlan`.
 #   shard ... scale_grad  reshards, with the transposes of DESIGN.md section 3. `spec`
 #                   is `ir.reshard.format_spec` of a `ReshardSpec`. The cut dim may be a
 #                   flattening [outer, length, inner]; pads copy the last position, or
@@ -36,7 +38,8 @@ LIBRARY = torch.library.Library("ringcompile", "DEF")
 #   block_gradients gradients of the scores, summed over blocks of queries and keys:
 #                   (B, H, num_blocks, num_blocks).
 _SCHEMAS = """
-ring_attention(Tensor q, Tensor k, Tensor v, Tensor[] captures, *, str plan) -> Tensor;
+ring_attention(Tensor q, Tensor k, Tensor v, Tensor[] captures, Tensor[] biases,
+    Tensor? sinks=None, *, str plan) -> Tensor;
 
 shard(Tensor x, int dim, SymInt outer=1, SymInt inner=1, *, str spec,
     Scalar? fill=None) -> Tensor;

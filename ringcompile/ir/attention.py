@@ -19,6 +19,20 @@ class Dropout:
 
 
 @dataclass(frozen=True, slots=True)
+class Bias:
+    """How a float tensor ``(B or 1, H or 1, rows, columns)`` is added to scores.
+
+    Attributes:
+        is_cut: whether ``rows`` are this rank's own queries; else there is one row.
+        is_relative: whether column ``k - q + S - 1`` of ``2 S - 1`` is meant for query
+            q and key k; else column k of S, or the one column there is.
+    """
+
+    is_cut: bool = False
+    is_relative: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class RankPlan:
     """Everything ``ringcompile::ring_attention`` needs beside its tensors.
 
@@ -37,6 +51,9 @@ class RankPlan:
         kernel: ``auto``: each tile by the device's best kernel; ``flex``: by generated
             ones, where they carry its mask; ``math``: by plain operators.
         dropout: of weights; None if none is dropped.
+        softcap: scaled scores x become ``softcap * tanh(x / softcap)`` before biases
+            are added; None: they stay.
+        biases: how each tensor of ``biases`` is added to scores.
     """
 
     index: int
@@ -50,8 +67,17 @@ class RankPlan:
     block_order: str = "natural"
     kernel: str = "auto"
     dropout: Dropout | None = None
+    softcap: float | None = None
+    biases: tuple[Bias, ...] = ()
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether scores are more than scaled products."""
+        return self.softcap is not None or bool(self.biases)
 
     @property
     def is_dense(self) -> bool:
         """Whether kernels without a mask may compute tiles in which all pairs count."""
-        return self.kernel != "math" and self.dropout is None
+        return (
+            self.kernel != "math" and self.dropout is None and not self.changes_scores
+        )

@@ -12,7 +12,7 @@ from typing import Any
 import sympy
 from sympy.core.function import AppliedUndef
 
-from ringcompile.ir.attention import Dropout, RankPlan
+from ringcompile.ir.attention import Bias, Dropout, RankPlan
 from ringcompile.ir.layout import Edge, Layout
 from ringcompile.ir.mask import (
     FALSE,
@@ -60,6 +60,8 @@ def format_plan(plan: RankPlan) -> str:
             "block_order": plan.block_order,
             "kernel": plan.kernel,
             "dropout": plan.dropout and [plan.dropout.rate, plan.dropout.seed],
+            "softcap": plan.softcap,
+            "biases": [[bias.is_cut, bias.is_relative] for bias in plan.biases],
         }
     )
 
@@ -69,6 +71,7 @@ def parse_plan(text: str) -> RankPlan:
     fields = json.loads(text)
     fields["schedule"] = _schedule_from_json(fields["schedule"])
     fields["dropout"] = fields["dropout"] and Dropout(*fields["dropout"])
+    fields["biases"] = tuple(Bias(*bias) for bias in fields["biases"])
     return RankPlan(**fields)
 
 

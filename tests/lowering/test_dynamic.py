@@ -34,7 +34,7 @@ def run_lengths(
     plan = plan_text(case, group, rank, timeout_s=120.0)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
-        out: Tensor = ops.RING_ATTENTION(q, k, v, [padding, padding], plan=plan)
+        out: Tensor = ops.RING_ATTENTION(q, k, v, [padding, padding], [], plan=plan)
         return out.sin()
 
     model = torch.compile(attend, backend=compile_once, fullgraph=True)

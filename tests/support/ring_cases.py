@@ -226,7 +226,7 @@ def compile_ring(plan: str, case: Case) -> Callable[..., Tensor]:
     """The ring op as a function of q, k, v and captures."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, captures: list[Tensor]) -> Tensor:
-        out: Tensor = ops.RING_ATTENTION(q, k, v, captures, plan=plan)
+        out: Tensor = ops.RING_ATTENTION(q, k, v, captures, [], plan=plan)
         return out
 
     if case.compile == "eager":

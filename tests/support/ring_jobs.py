@@ -121,7 +121,7 @@ def _run(
     *qkv, grad = (x[:, :, at.clamp(max=job.length - 1)] for x in job.tensors)
     inputs = [x.requires_grad_() for x in qkv]
     with _counting() as sent:
-        out = ops.RING_ATTENTION(*inputs, [], plan=format_plan(plan))
+        out = ops.RING_ATTENTION(*inputs, [], [], plan=format_plan(plan))
         forward = sum(sent)
         out.backward(grad * is_real[:, None])
     found = (out.detach(), *(x.grad for x in inputs))

@@ -88,7 +88,9 @@ def _model(case: Case, group: ProcessGroup, rank: int) -> Model:
     captures = case.captures
 
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = ops.RING_ATTENTION(q.sin(), k.sin(), v.sin(), captures, plan=plan)
+        out: Tensor = ops.RING_ATTENTION(
+            q.sin(), k.sin(), v.sin(), captures, [], plan=plan
+        )
         return out.sin()
 
     return model
