@@ -82,7 +82,8 @@ def test_the_text_of_a_plan() -> None:
     assert_expected_inline(
         text.replace(",", ",\n"),
         """\
-{"block_order":"natural",
+{"biases":[],
+"block_order":"natural",
 "dropout":null,
 "group_name":"0",
 "index":3,
@@ -118,6 +119,7 @@ null],
 "stages":[[[0,
 "/ needs 0:c masked 0:c 0:c",
 "/ needs 0:c masked 0:c 0:c"]]]}]},
+"softcap":null,
 "sources":"abc",
 "timeout_s":600.0}""",
     )
