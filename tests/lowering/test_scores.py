@@ -23,8 +23,9 @@ def check(ranks: RankPool, world_size: int, cases: list[ScoreCase]) -> None:
         for name, got, want in zip(
             case.names, collect(case, by_rank), expected, strict=True
         ):
-            # What is 0 in exact arithmetic has no relative error.
-            size = max(want.abs().max(), largest / 10)
+            # What is 0 in exact arithmetic has no relative error: of a head's bias it
+            # is the rounding of all its pairs, here as in eager.
+            size = max(want.abs().max(), largest / 3)
             error = (got.double() - want).abs().max() / size
             assert error < limit, (case, name, error)
 

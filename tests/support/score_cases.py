@@ -179,7 +179,7 @@ class ScoreCase:
         ).sum(0)
         hidden = (counts == 0) | (scores.detach() == -torch.inf)
         is_empty = hidden.all(-1, keepdim=True)
-        scores = scores + counts.clamp(min=1).double().log()
+        scores = scores + counts.clamp(min=1).to(q.dtype).log()
         scores = scores.masked_fill(hidden, -torch.inf).masked_fill(is_empty, 0.0)
         if sinks is not None:
             last = sinks[None, :, None, None].expand(B, H, S, 1)
@@ -229,8 +229,11 @@ def run_score_case(group: ProcessGroup, rank: int, case: ScoreCase) -> list[Tens
     else:
         out = attend(*arguments)
     out.backward(grad * is_real[:, None])  # a pad's cotangent is zero
-    results = [out.detach(), *(x.grad for x in inputs)]
-    assert all(x.grad.dtype == x.dtype for x in inputs)
+    results = [out.detach()]
+    for x in inputs:
+        assert x.grad is not None
+        assert x.grad.dtype == x.dtype
+        results.append(x.grad)
     is_cut = [True] * 4 + [k.traits.is_cut for k in case.kinds if k.is_learned]
     is_cut += [False] * case.has_sinks
     return [
