@@ -125,8 +125,7 @@ def run_passes(
             ``unsupported="error"``.
     """
     if (opaque := find_opaque(gm)) is not None:
-        _run_whole(opaque, options)
-        return Rewritten(gm)
+        return Rewritten(gm, notes=(_run_whole(opaque, options),))
     with without_saved_tensor_hooks():
         made = Rewritten(trace_shadow(gm, example_inputs))
     _note(made, "shadow")
@@ -173,7 +172,8 @@ def run_passes(
     return made
 
 
-def _run_whole(opaque: Node, options: RingOptions) -> None:
+def _run_whole(opaque: Node, options: RingOptions) -> str:
+    """Warn of it; return what was said."""
     error = UnsupportedAttentionError(
         f"a graph with {opaque.target}",
         at=where(opaque),
@@ -182,7 +182,9 @@ def _run_whole(opaque: Node, options: RingOptions) -> None:
     )
     if options.unsupported == "error":
         raise error
-    warnings.warn(f"runs whole on every rank: {error}", stacklevel=2)
+    said = f"runs whole on every rank: {error}"
+    warnings.warn(said, stacklevel=2)
+    return said
 
 
 def _draws(node: Node) -> bool:

@@ -147,7 +147,7 @@ def _fit_dims(dims: Dims, node: Node, factors: Factors) -> Dims:
 def _apply_rule(op: Op, factors: Factors, dims: dict[Node, Dims]) -> Flow | None:
     operands = [dims[node] for node in op.slots]
     if op.node.target is RING_ATTENTION:
-        return _flow_of_attention(factors, operands)
+        return _flow_of_attention(op, factors, operands)
     rule = find_rule(op)
     flow = rule(op, factors, operands) if rule is not None else None
     if flow is not None and len(flow.dims) != len(shape_of(op.node)):
@@ -155,14 +155,24 @@ def _apply_rule(op: Op, factors: Factors, dims: dict[Node, Dims]) -> Flow | None
     return flow
 
 
-def _flow_of_attention(factors: Factors, operands: list[Dims]) -> Flow:
-    """(B, H, S, D), (B, G, S, D), (B, G, S, E) and replicated captures."""
+def _flow_of_attention(op: Op, factors: Factors, operands: list[Dims]) -> Flow:
+    """(B, H, S, D), (B, G, S, D), (B, G, S, E), captures, and biases with S rows."""
     q, k, v = operands[:3]
     for other in (k, v):
         factors.unite(q[0], other[0])
         factors.unite(q[2], other[2])
+    for slot, dims in enumerate(operands):
+        if _is_cut_bias(op, slot):
+            factors.unite(q[2], dims[2])
     links = {Link(slot, 2, 2) for slot in range(3)} | {Link(0, 0, 0), Link(0, 1, 1)}
     return Flow((q[0], q[1], q[2], v[3]), frozenset(links))
+
+
+def _is_cut_bias(op: Op, slot: int) -> bool:
+    """Whether a slot of an attention holds a bias with a row for each query."""
+    if op.slot_names[slot] != "biases":
+        return False
+    return not sizes_equal(shape_of(op.slots[slot])[2], 1)
 
 
 def _find_axes(
@@ -263,7 +273,9 @@ class _Decider:
         operands: list[Placement] = []
         for slot, node in enumerate(op.slots):
             if op.node.target is RING_ATTENTION and slot >= _NUM_QKV:
-                operands.append(None)  # captures are read whole, at global positions
+                # What is read at global positions is read whole.
+                rows = replace(result, dim=2) if _is_cut_bias(op, slot) else None
+                operands.append(rows)
                 continue
             at = self._places(self._dims[node])
             linked = [x.operand_dim for x in flow.links if _leads(x, slot, result.dim)]

@@ -93,6 +93,8 @@ class GraphReader:
 
 def _format_passes(made: Rewritten) -> dict[str, str]:
     """The texts of all passes; the last has shapes, which are known by now."""
+    if not made.texts:  # it runs whole
+        return {}
     *_, last = made.texts
     return made.texts | {last: format_graph(made.gm, name=last)}
 
