@@ -79,7 +79,7 @@ class Decision:
         placement: of its result.
         operands: what each tensor operand must be, in the order of ``Op.slots``.
         flow: the rule's word, for ops that run on shards as they are.
-        collector: what sums shards up to a replicated result, if it does that.
+        collector: what carries it out with the help of other ranks, if it needs that.
         gathered: why a sharded operand must be gathered; empty if none.
     """
 
@@ -250,7 +250,8 @@ class _Decider:
         collector = find_collector(op, current)
         if collector is not None:
             operands = collector.operands(op, current)
-            return Decision(None, tuple(operands), collector=collector)
+            placement = collector.placement(op, current)
+            return Decision(placement, tuple(operands), collector=collector)
         assert op.node.target is not RING_ATTENTION, "a ring is never gathered"
         because = (
             "no rule knows how it acts on a shard"

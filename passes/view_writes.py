@@ -1,7 +1,7 @@
 """Writes to a part of fresh memory, spelt as new values.
 
-``h[:, 0] = x`` writes to a view of ``h`` and readers of ``h`` see it. On shards the view
-may be a value of its own, so the write is spelt as the ``h`` that readers see after it.
+``h[:, 0] = x`` writes to a view of ``h``, and readers of ``h`` see it. On shards the
+view may be a value of its own, so the write is spelt as the ``h`` that is read later.
 """
 
 from dataclasses import dataclass
