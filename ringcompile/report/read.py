@@ -133,7 +133,7 @@ def _read_planned(
         mask=str(attention.region.mask),
         dropout=f"{attention.region.dropout:g}" if attention.region.dropout else "",
         pattern=pattern,
-        layout=str(attention.plan.schedule.layout) if is_cut else "",
+        layout=attention.plan.schedule.place if is_cut else "",
         reason=attention.reason if is_cut else "one rank: nothing to cut",
     )
 
@@ -188,7 +188,7 @@ def _read_schedules(made: Rewritten) -> Iterator[ScheduleReport]:
     groups: dict[tuple[Schedule, _Row, int], list[str]] = {}
     for attention in made.attentions:
         region = attention.region
-        length = size_hint(shape_of(region.q.node)[region.q.sequence_dim])
+        length = size_hint(shape_of(region.k.node)[region.k.sequence_dim])
         key = (attention.plan.schedule, _Row.of(region), length)
         name = find_place(region.output).module or region.output.name
         groups.setdefault(key, []).append(name)
