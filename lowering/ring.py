@@ -48,7 +48,7 @@ def ring_attention(  # noqa: PLR0913 - the op's schema
 
     Args:
         q: own rows, ``(B, H, T, D)``.
-        k: own rows, ``(B, G, T, D)``.
+        k: own rows, ``(B, G, T, D)``; T as many as the plan's keys have.
         v: own rows, ``(B, G, T, E)``.
         captures: what the mask reads, full and equal on all ranks.
         biases: added to scores, as the plan says; those not cut equal on all ranks.
@@ -94,7 +94,7 @@ class _Ring(torch.autograd.Function):
                 own_outs.append(out.to(q.dtype))
             return part.queries.place((out, lse))[1]
 
-        parts = build_program(plan_text, q, captures)
+        parts = build_program(plan_text, q, k, captures)
         out, lse = reduce(_merge, map(attend, parts))
         # Saved, and in this order, hops are not replayed under checkpointing: lse has
         # no reader in forward and would be recomputed, ring and all (FACTS.md 2.3).
@@ -122,7 +122,7 @@ class _Ring(torch.autograd.Function):
         hops = _hops_of(ctx.plan_text, after=[grad_out])
         lse = torch.where(lse == -torch.inf, torch.inf, lse)
         shard = _Shard(grad_out.contiguous(), q, k, v, lse)
-        parts = build_program(ctx.plan_text, q, captures)
+        parts = build_program(ctx.plan_text, q, k, captures)
         of_blocks = None if ctx.num_blocks is None else BlockSums(ctx.num_blocks)
         if not _is_detached(ctx.plan_text):
             outs = [part.queries.take(outs[0]) for part in parts]

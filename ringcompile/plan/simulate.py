@@ -134,10 +134,8 @@ class _Run:
         tile = step.tiles[rank]
         if not tile.needs:
             return
-        q_chunk, chunk = (
-            side.layout.chunk_size(_length(side))
-            for side in (self.q_side, self.kv_side)
-        )
+        sides = (self.q_side, self.kv_side)
+        q_chunk, chunk = (s.layout.chunk_size(_length(s)) for s in sides)
         arrived = [run.resolve(chunk) for run in tile.needs]
         if part.selection is not None:
             yield from self._selected_works(part, part.selection, rank, owner, shared)

@@ -111,7 +111,7 @@ def _find_order_strips(
 
 
 @lru_cache(maxsize=65536)
-def build_tile(  # noqa: PLR0913 - two sides
+def build_tile(
     mask: Mask,
     layout: Layout,
     q_rank: int,
