@@ -24,6 +24,7 @@ from ringcompile.passes.read_score import Score
 from ringcompile.passes.read_spelled import read_spelled
 from ringcompile.passes.read_values import Reader
 from ringcompile.passes.regions import Refusal, Region
+from ringcompile.passes.sequences import mark_cross
 from ringcompile.passes.shadow import where
 from ringcompile.passes.symbolic import Unreadable, index_symbol, read_truth
 from ringcompile.passes.value_scalars import read_scalar
@@ -45,7 +46,7 @@ def find_attention(gm: GraphModule) -> tuple[Region | Refusal, ...]:
         _settle(masks, output, read_parts)
         for output, read_parts in _find_candidates(gm.graph, reader)
     ]
-    return tuple(sorted(found, key=lambda f: reader.place_of(f.output)))
+    return mark_cross(sorted(found, key=lambda f: reader.place_of(f.output)))
 
 
 def _find_candidates(graph: Graph, reader: Reader) -> Iterator[tuple[Node, _ReadParts]]:
@@ -80,8 +81,8 @@ def _settle(
 
 def _build_region(masks: MaskReader, parts: Parts) -> Region:
     q_shape = shape_of(parts.q.node)
-    length = q_shape[parts.q.sequence_dim]
-    read = masks.read_mask(parts.score.keeps, (*q_shape[:2], length, length))
+    lengths = (shape_of(o.node)[o.sequence_dim] for o in (parts.q, parts.k))
+    read = masks.read_mask(parts.score.keeps, (*q_shape[:2], *lengths))
     empty_row = EmptyRow.ZERO
     if read.may_be_empty:
         empty_row = _find_empty_row(parts)

@@ -94,11 +94,16 @@ def check_operands(
             because="K and V would be broadcast over the batch",
             instead="expand K and V to the batch size of Q",
         )
-    length = shape_of(q)[2]
-    others = shape_of(k)[3 if k_transposed else 2], shape_of(v)[2]
-    if not all(sizes_equal(length, other) for other in others):
+    length, keys = shape_of(q)[2], shape_of(k)[3 if k_transposed else 2]
+    if not sizes_equal(keys, shape_of(v)[2]):
         raise Refused(
-            f"attention of {length} queries over {others[0]} keys",
-            because="attention between sequences of different lengths isn't built yet",
+            f"attention over {keys} keys with {shape_of(v)[2]} values",
+            because="each key has one value",
+            instead="give K and V one length",
+        )
+    if not sizes_equal(length, keys) and 1 in (length, keys):
+        raise Refused(
+            f"attention of {length} queries over {keys} keys",
+            because="a sequence of one token can't be cut over ranks",
             instead="nothing; this attention runs gathered",
         )

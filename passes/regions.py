@@ -40,6 +40,7 @@ class Region:
             one, or a mask of pairs that the user passes in.
         where: the user's ``file:line`` and the node's name.
         dropout: share of weights that are dropped.
+        is_cross: whether keys are tokens of another sequence than queries.
     """
 
     output: Node
@@ -51,6 +52,7 @@ class Region:
     captures: tuple[Node, ...]
     where: str
     dropout: float = 0.0
+    is_cross: bool = False
 
 
 @dataclass(frozen=True, slots=True)

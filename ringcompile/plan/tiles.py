@@ -184,7 +184,8 @@ def _check_apart(keeps: Boolean, q: Side, kv: Side) -> None:
 @lru_cache(maxsize=1024)
 def _compares_positions(keeps: Boolean) -> bool:
     """Whether an atom reads both positions, but within what captures decide."""
-    nothing = {c: 0 for c in keeps.atoms(sympy.Function) if is_capture(c)}
+    reads = filter(is_capture, keeps.atoms(sympy.Function))
+    nothing = dict.fromkeys(reads, sympy.S.Zero)
     return any(
         {Q, K} <= atom.lhs.xreplace(nothing).free_symbols
         for atom in keeps.atoms(sympy.core.relational.Relational)
