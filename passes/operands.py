@@ -235,7 +235,7 @@ def _is_widened(op: Op) -> bool:
 
 
 def find_heads(nodes: Sequence[Node], lead: Sequence[Size]) -> int:
-    """H, where the one leading dim of Q, K or V is ``B * H`` laid end to end; else 1."""
+    """H, where the one leading dim of Q, K or V is B and H laid end to end; else 1."""
     grid = Grid.of(lead)
     return next((n for node in nodes if (n := _find_heads(node, grid)) > 1), 1)
 
