@@ -96,9 +96,9 @@ def record_values(traced: Traced) -> dict[Node, Any]:
 def assert_region_is_true(region: Region, values: dict[Node, Any]) -> None:
     """Require a region to say what the graph computes: its result and its mask."""
     q, k, v = (_read_rows(o, values) for o in (region.q, region.k, region.v))
-    batch, heads, length, _ = q.shape
-    kept = evaluate_mask(region, values, (batch, heads, length))
-    repeats = heads // k.shape[1]
+    length = k.shape[2]
+    kept = evaluate_mask(region, values, (*q.shape[:3], length))
+    repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     scores = region.scale * q @ k.transpose(-2, -1)
     weights = scores.masked_fill(~kept, -torch.inf).softmax(-1)
@@ -125,11 +125,9 @@ def _read_rows(operand: Operand, values: dict[Node, Any]) -> Tensor:
 
 
 def evaluate_mask(
-    region: Region, values: dict[Node, Any], sizes: tuple[int, int, int]
+    region: Region, values: dict[Node, Any], shape: tuple[int, ...]
 ) -> Tensor:
-    """The mask that was read, on the real captures, as a bool ``(B, H, S, S)``."""
-    batch, heads, length = sizes
-    shape = (batch, heads, length, length)
+    """The mask that was read, on the real captures, bool ``(B, H, queries, keys)``."""
     at = [
         torch.arange(size).view([-1 if d == dim else 1 for d in range(4)])
         for dim, size in enumerate(shape)
@@ -142,7 +140,8 @@ def read_kept(region: Region, values: dict[Node, Any]) -> Tensor:
     """The pairs that the graph itself keeps, from its own mask or weights."""
     op = read_op(region.output)
     assert op is not None
-    shape = (*values[region.output].shape[:3], values[region.output].shape[2])
+    keys = values[region.k.node].shape[region.k.sequence_dim]
+    shape = (*values[region.output].shape[:3], keys)
     if "attn_mask" not in op.args:
         weights: Tensor = values[op.slots[0]]
         return weights != 0
