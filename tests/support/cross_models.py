@@ -137,6 +137,57 @@ class Latents(nn.Module):
         return out
 
 
+class Pixels(nn.Module):
+    """Tokens read the rows and columns of an image, which are no single extent."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, E, 2, 2)
+        self.layer = Layer(spelling, is_cross=True)
+
+    def forward(self, x: Tensor, image: Tensor) -> Tensor:
+        memory = self.patches(image).flatten(2).transpose(1, 2)
+        out: Tensor = self.layer(x, memory, None)
+        return out
+
+
+class Cached(nn.Module):
+    """New tokens read those before them, whose keys are passed in, and themselves."""
+
+    def __init__(self, _spelling: str) -> None:
+        super().__init__()
+        self.project = nn.Linear(E, 3 * E)
+
+    def forward(self, x: Tensor, past: Tensor) -> Tensor:
+        q, k, v = (
+            y.unflatten(2, (H, -1)).transpose(1, 2)
+            for y in self.project(x).chunk(3, -1)
+        )
+        k, v = torch.cat([past, k], 2), torch.cat([past.sin(), v], 2)
+        at = torch.arange(k.shape[2])
+        kept = at[past.shape[2] :, None] >= at
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=kept)
+        return out.transpose(1, 2).flatten(2)
+
+
+class Plain(nn.Module):
+    """A norm without eps right behind attention, so that zeros there would be NaN."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.read, self.norm = Attention(spelling), nn.LayerNorm(E, eps=0.0)
+        self.out = nn.Linear(E, E)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        y = self.read._attend(
+            *(t.unflatten(2, (H, -1)).transpose(1, 2) for t in (x, memory, memory)),
+            kept=None,
+            is_causal=False,
+        )
+        out: Tensor = self.out(self.norm(y.transpose(1, 2).flatten(2)))
+        return out
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What one step gives.
@@ -157,12 +208,15 @@ def make_model(name: str, spelling: str) -> nn.Module:
         "decoder": lambda: Decoder(spelling),
         "checkpointed decoder": lambda: Decoder(spelling, is_checkpointed=True),
         "latents": lambda: Latents(spelling),
+        "pixels": lambda: Pixels(spelling),
+        "cached": lambda: Cached(spelling),
+        "plain": lambda: Plain(spelling),
     }
     return kinds[name]()
 
 
 def make_inputs(name: str, lengths: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Of so many queries and keys; keys are padded on the right."""
+    """Of so many queries and keys (of ``cached``: earlier ones), padded on the right."""
     S, keys = lengths
     random = torch.Generator().manual_seed(1)
     padding = torch.ones(2, keys, dtype=torch.bool)
@@ -171,7 +225,14 @@ def make_inputs(name: str, lengths: tuple[int, int]) -> tuple[Tensor, ...]:
         sizes = ((2, keys), (2, S))
         ids = (torch.randint(VOCABULARY, s, generator=random) for s in sizes)
         return *ids, padding
+    if name in {"pixels", "cached"}:
+        size = (2, 3, 4, keys) if name == "pixels" else (2, H, keys, E // H)
+        sizes = ((2, S, E), size)
+        x, other = (torch.randn(s, generator=random).double() for s in sizes)
+        return x, other
     x, memory = (torch.randn(2, n, E, generator=random).double() for n in lengths)
+    if name == "plain":
+        return x, memory
     return (memory, padding) if name == "latents" else (x, memory, padding)
 
 

@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from ringcompile.patterns import LocalWindow
 
 NUM_RINGS = {"pair": 5, "decoder": 4, "checkpointed decoder": 4, "latents": 2}
+NUM_RINGS |= {"pixels": 2, "cached": 1, "plain": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +107,22 @@ def check(ranks: RankPool, cell: Cell) -> Record:
         Cell("decoder", 4, (64, 3)),
         Cell("checkpointed decoder", 3, (41, 96)),
         Cell("latents", 3, (12, 64)),
+        Cell("pixels", 3, (16, 40)),
+        Cell("plain", 3, (10, 17)),
     ],
     ids=str,
 )
 def test_a_model_equals_eager(ranks: RankPool, cell: Cell) -> None:
     check(ranks, cell)
+
+
+def test_keys_of_a_cache_are_put_before_the_new(ranks: RankPool) -> None:
+    cell = Cell("cached", 2, (12, 25))
+    for record, faults in ranks.run(run_cell, cell, world_size=2):
+        assert faults == []
+        assert record.refused == []
+        assert record.masks == ["k <= q + 25"]
+        assert {g.split(":")[0] for g in record.gathers} == {"aten.cat"}
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "hilbert"])
