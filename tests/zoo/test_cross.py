@@ -13,6 +13,7 @@ from support.ranks import RankPool
 from support.tolerances import assert_gradients_equal, assert_output_equal
 from torch.distributed import ProcessGroup
 
+import ringcompile
 from ringcompile.patterns import LocalWindow
 
 NUM_RINGS = {"pair": 5, "decoder": 4, "checkpointed decoder": 4, "latents": 2}
@@ -102,6 +103,7 @@ def check(ranks: RankPool, cell: Cell) -> Record:
         Cell("pair", 2, (40, 40)),
         Cell("pair", 1, (41, 96)),
         Cell("decoder", 2, (41, 96)),
+        Cell("decoder", 3, (40, 40)),
         Cell("decoder", 3, (96, 40), "grouped"),
         Cell("decoder", 4, (5, 64), "eager"),
         Cell("decoder", 4, (64, 3)),
@@ -131,10 +133,14 @@ def test_each_axis_has_the_asked_layout(ranks: RankPool, layout: str) -> None:
     assert record.layouts.count(f"{layout} x3, keys {layout} x3 of 64") == 2
 
 
-def test_two_sequences_of_one_length_are_two_axes(ranks: RankPool) -> None:
+def test_two_sequences_of_one_length_are_two_axes() -> None:
     """One is causal, the other is not; they are cut each for itself."""
-    record = check(ranks, Cell("decoder", 2, (512, 512)))
-    assert record.layouts == ["zigzag x2", "zigzag x2, keys contiguous x2 of 512"] * 2
+    x, memory, padding = make_inputs("decoder", (1024, 1024))
+    model = make_model("decoder", "sdpa").double()
+    report = ringcompile.explain(model, x, memory, padding, world_size=4)
+    layouts = [attention.layout for attention in report.attentions]
+    assert layouts == ["zigzag x4", "zigzag x4, keys contiguous x4 of 1024"] * 2
+    assert "; keys: contiguous costs least" in report.attentions[1].reason
 
 
 def test_compiled_by_inductor(ranks: RankPool) -> None:
@@ -150,7 +156,7 @@ def test_lengths_that_change(ranks: RankPool, lengths: tuple[int, int]) -> None:
 
 
 def test_one_graph_serves_lengths_that_need_no_pads(ranks: RankPool) -> None:
-    cell = Cell("decoder", 2, (24, 48), dynamic=True)
+    cell = Cell("decoder", 2, (24, 48), compiler="eager", dynamic=True)
     assert check(ranks, cell).layouts[1] == "contiguous x2, keys contiguous x2"
 
 
@@ -179,7 +185,8 @@ def run_bfloat16(group: ProcessGroup, _rank: int) -> tuple[float, float]:
     def find_error(outs: Any) -> float:  # noqa: ANN401
         errors = [(outs.out - want.out).abs().max() / want.out.abs().max()]
         for name, grad in want.grads.items():
-            assert grad is not None
+            if grad is None:  # of a norm that an encoder does not have
+                continue
             errors.append((outs.grads[name] - grad).abs().max() / grad.abs().max())
         return float(max(errors))
 
