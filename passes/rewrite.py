@@ -173,6 +173,7 @@ class _Writer:
             return decision.collector.emit(emit, op, operands)
         emit.name_after(node)
         if node.target is RING_ATTENTION:
+            self._note_moves(op, decision)
             args = op.with_slots(operands) | {"plan": self._plans[node]}
             return emit.call_op(op, self._map_sizes(args))
         written = self._write_local(op, decision, operands)
@@ -212,6 +213,18 @@ class _Writer:
         if user.target is operator.getitem:
             return self._emit.env[node]
         return self._emit.operand(node, None, by_shards=False)
+
+    def _note_moves(self, op: Op, decision: Decision) -> None:
+        """A Q, K or V that was cut along another sequence is made whole on the way."""
+        for operand, wanted in zip(op.slots, decision.operands, strict=True):
+            if self._decisions[operand].placement not in (None, wanted):
+                because = "it is cut along another sequence than attention takes it for"
+                size = _bytes(operand)
+                self.gathered.append(
+                    Gathered(
+                        where(op.node), op.node.name, str(op.packet), size, because
+                    )
+                )
 
     def _note_gathers(self, user: Node, because: str) -> None:
         op = read_op(user)

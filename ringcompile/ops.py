@@ -12,7 +12,8 @@ from torch import SymInt, Tensor
 LIBRARY = torch.library.Library("ringcompile", "DEF")
 
 # Schemas end with a semicolon; the grammar has no comments, so here is the glossary.
-#   ring_attention  attention of local shards. `captures` are full and replicated,
+#   ring_attention  attention of local shards; k and v may be of another sequence than
+#                   q, of other lengths and layout. `captures` are full and replicated,
 #                   `biases` are as the plan says, `sinks` (H,) are scores of one more
 #                   key per head, whose value is 0. `plan` is `ir.text.format_plan` of
 #                   a `RankPlan`.

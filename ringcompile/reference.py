@@ -28,7 +28,7 @@ def attention(
 
     Args:
         q: ``(B, H, S, D)``.
-        k: ``(B, G, S, D)``; H is a multiple of G.
+        k: ``(B, G, S, D)``; H is a multiple of G. S may be another than that of ``q``.
         v: ``(B, G, S, E)``.
         mask: the pairs that count, and what a row without a key gives.
         captures: what the mask reads.
@@ -38,7 +38,7 @@ def attention(
         float64 ``(B, H, S, E)``.
     """
     empty_row = mask.empty_row if isinstance(mask, Mask) else EmptyRow.ZERO
-    kept = kept_pairs(mask, q, captures)
+    kept = kept_pairs(mask, q, captures, num_keys=k.shape[2])
     scores = _scores(q, k, scale)
     out = _mix(scores, kept.double(), _per_query_head(v, q))
     some = kept.any(-1, keepdim=True)
@@ -61,7 +61,7 @@ def log_sum_exp(
     scale: float | None = None,
 ) -> Tensor:
     """Natural log of the softmax denominator, ``(B, H, S)``; -inf without a key."""
-    kept = kept_pairs(mask, q, captures)
+    kept = kept_pairs(mask, q, captures, num_keys=k.shape[2])
     return _scores(q, k, scale).masked_fill(~kept, -torch.inf).logsumexp(-1)
 
 
@@ -181,18 +181,23 @@ def chosen_blocks(  # noqa: PLR0913 - the pattern's own parameters
 
 
 def kept_pairs(
-    mask: Mask | Boolean, q: Tensor, captures: Sequence[Tensor] = ()
+    mask: Mask | Boolean,
+    q: Tensor,
+    captures: Sequence[Tensor] = (),
+    *,
+    num_keys: int | None = None,
 ) -> Tensor:
-    """A mask as bool ``(B, H, S, S)``, for ``q`` of ``(B, H, S, D)``."""
+    """A mask as bool ``(B, H, S, keys)``, for ``q`` of ``(B, H, S, D)``; S keys."""
     B, H, S, _ = q.shape
+    num_keys = S if num_keys is None else num_keys
     at = (
         torch.arange(B).view(-1, 1, 1, 1),
         torch.arange(H).view(1, -1, 1, 1),
         torch.arange(S).view(1, 1, -1, 1),
-        torch.arange(S).view(1, 1, 1, -1),
+        torch.arange(num_keys).view(1, 1, 1, -1),
     )
     keeps = mask.keeps if isinstance(mask, Mask) else mask
-    return evaluate(keeps, at, captures).expand(B, H, S, S)
+    return evaluate(keeps, at, captures).expand(B, H, S, num_keys)
 
 
 def _longnet_pairs(

@@ -326,19 +326,38 @@ def test_what_no_ring_carries_is_refused(name: str) -> None:
     assert refusal.where.endswith(f"{refusal.output.name})") or refusal.where
 
 
-@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("name", ["sdpa", "multiplied", "causal", "eager causal"])
 @pytest.mark.parametrize("length", [S - 1, 3 * S])
-def test_other_lengths_of_k_are_another_sequence(length: int, *, eager: bool) -> None:
-    attend = DENSE["multiplied" if eager else "sdpa"]
+def test_keys_of_another_length(length: int, name: str) -> None:
+    def mask_ahead(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        above = torch.ones(S, length, dtype=torch.bool).triu(1)
+        return finish((q @ k.mT).masked_fill(above, -math.inf), v)
+
+    def causal_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    attend = {"causal": causal_sdpa, "eager causal": mask_ahead, **DENSE}[name]
     region = trace(attend, *make_qkv(length=length)).region()
     assert region.is_cross
-    assert (region.q.shape[2], region.k.shape[2]) == (S, length)
+    assert region.mask.keeps == (causal() if "causal" in name else TRUE)
+
+
+def test_a_query_may_see_no_key_of_a_shorter_sequence() -> None:
+    """Query 9 sees the keys from 6 on, of which there are none."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        apart = torch.arange(S)[:, None] - torch.arange(5)
+        return finish((q @ k.mT).masked_fill((apart > 3) | (apart < 0), LOWEST), v)
+
+    region = trace(attend, *make_qkv(length=5)).region()
+    assert region.mask.empty_row is EmptyRow.MEAN_FILLED
 
 
 @pytest.mark.parametrize("eager", [False, True])
-def test_one_key_is_refused(*, eager: bool) -> None:
+def test_a_single_key_is_refused(*, eager: bool) -> None:
     attend = DENSE["multiplied" if eager else "sdpa"]
-    trace(attend, *make_qkv(length=1)).refusal()
+    refusal = trace(attend, *make_qkv(length=1)).refusal()
+    assert f"{S} queries over 1 keys" in refusal.what
 
 
 def test_one_query_is_refused() -> None:

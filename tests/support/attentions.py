@@ -108,8 +108,8 @@ def assert_region_is_true(region: Region, values: dict[Node, Any]) -> None:
     weights = scores.softmax(-1)[..., : k.shape[2]]
     empty = {
         EmptyRow.ZERO: 0.0,
-        EmptyRow.MEAN_ALL: 1 / length,
-        EmptyRow.MEAN_FILLED: 1 / length,
+        EmptyRow.MEAN_ALL: 1 / k.shape[2],
+        EmptyRow.MEAN_FILLED: 1 / k.shape[2],
         EmptyRow.NAN: torch.nan,
     }[region.mask.empty_row]
     has_key = kept.any(-1, keepdim=True)
@@ -145,7 +145,7 @@ def _read_rows(operand: Operand, values: dict[Node, Any]) -> Tensor:
 
 
 def evaluate_mask(
-    region: Region, values: dict[Node, Any], shape: tuple[int, int, int, int]
+    region: Region, values: dict[Node, Any], shape: tuple[int, ...]
 ) -> Tensor:
     """The mask that was read, on the real captures, as a bool of ``shape``."""
     at = [
