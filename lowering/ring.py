@@ -76,7 +76,7 @@ def ring_attention(  # noqa: PLR0913 - the op's schema
         divisor = read_plan(plan).schedule.mixing.divisor
         out = out if divisor == 1 else out / divisor
         lse = lse if sinks is None else None
-        return fill_empty_rows(out, lse, (q, k, v), plan=read_plan(plan))
+        return fill_empty_rows(out, lse, (q, k, v), biases, plan=read_plan(plan))
 
 
 ops.LIBRARY.impl("ring_attention", ring_attention, "CompositeImplicitAutograd")
