@@ -5,12 +5,20 @@ from dataclasses import replace
 import pytest
 import torch
 from support.ranks import RankPool
-from support.ring_cases import Case
-from support.score_cases import ScoreCase, collect, run_score_case, run_score_cases
+from support.ring_cases import Case, compile_ring
+from support.score_cases import (
+    ScoreCase,
+    collect,
+    run_score_case,
+    run_score_cases,
+    score_plan_text,
+)
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ringcompile.ir.mask import EmptyRow
+from ringcompile import ops
+from ringcompile.ir.mask import EmptyRow, Mask, causal
+from ringcompile.ir.text import format_mask
 
 LIMITS = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 2e-2}
 
@@ -18,16 +26,20 @@ LIMITS = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 2e-2}
 def check(ranks: RankPool, world_size: int, cases: list[ScoreCase]) -> None:
     results = ranks.run(run_score_cases, tuple(cases), world_size=world_size)
     for case, *by_rank in zip(cases, *results, strict=True):
-        expected, limit = case.expected(), LIMITS[case.bias_dtype or case.base.dtype]
-        largest = max(x.abs().max() for x in expected[1:])
-        for name, got, want in zip(
-            case.names, collect(case, by_rank), expected, strict=True
-        ):
-            # What is 0 in exact arithmetic has no relative error: of a head's bias it
-            # is the rounding of all its pairs, here as in eager.
-            size = max(want.abs().max(), largest / 3)
-            error = (got.double() - want).abs().max() / size
-            assert error < limit, (case, name, error)
+        check_one(case, by_rank)
+
+
+def check_one(case: ScoreCase, by_rank: list[list[Tensor]]) -> None:
+    expected, limit = case.expected(), LIMITS[case.bias_dtype or case.base.dtype]
+    largest = max(x.abs().max() for x in expected[1:])
+    for name, got, want in zip(
+        case.names, collect(case, by_rank), expected, strict=True
+    ):
+        # What is 0 in exact arithmetic has no relative error: of a head's bias it
+        # is the rounding of all its pairs, here as in eager.
+        size = max(want.abs().max(), largest / 3)
+        error = (got.double() - want).abs().max() / size
+        assert error < limit, (case, name, error)
 
 
 MIXED = ("dense", "keys", "relative", "heads")
@@ -165,3 +177,54 @@ def test_two_runs_give_the_same_bits(ranks: RankPool) -> None:
     case = ScoreCase(Case("causal", "zigzag"), MIXED, 2.0, has_sinks=True)
     for first, second in ranks.run(attend_twice, case, world_size=2):
         assert all(map(torch.equal, first, second))
+
+
+def test_gradients_of_blocks_know_what_changes_scores() -> None:
+    S, block, softcap, scale = 40, 8, 1.5, 0.4
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.double)
+
+    q, k, v, grad = (draw(2, 2, S, 4) for _ in range(4))
+    bias, at = draw(1, 2, 1, 2 * S - 1), torch.arange(S)
+    shares = torch.zeros(2, 2, S // block, S // block, dtype=torch.double)
+    by_pair = shares.requires_grad_().repeat_interleave(block, 2)
+    scores = softcap * torch.tanh(scale * (q @ k.mT) / softcap)
+    scores = scores + bias[:, :, 0, at - at[:, None] + S - 1]
+    scores = scores + by_pair.repeat_interleave(block, 3)
+    scores = scores.masked_fill(at > at[:, None], -torch.inf)
+    out = scores.softmax(-1) @ v
+    (want,) = torch.autograd.grad(out, shares, grad)
+    got = ops.BLOCK_GRADIENTS(
+        *(grad, q, k, v, out.detach(), scores.detach().logsumexp(-1)),
+        *(at[None], at[None], [], [bias], S // block, block),
+        mask=format_mask(Mask(causal())),
+        scale=scale,
+        softcap=softcap,
+        relative=[0],
+    )
+    assert (got - want).abs().max() < 1e-13
+
+
+LENGTHS = (48, 96)
+
+
+def run_lengths(group: ProcessGroup, rank: int, case: ScoreCase) -> list[list[Tensor]]:
+    """Outputs and gradients by length, of one graph."""
+    attend = compile_ring(score_plan_text(case, group, rank), case.base, dynamic=True)
+    results = []
+    for n, length in enumerate(LENGTHS):
+        sized = replace(case, base=case.base.with_length(length))
+        with torch.compiler.set_stance("fail_on_recompile" if n else "default"):
+            results.append(run_score_case(group, rank, sized, attend=attend))
+    return results
+
+
+def test_any_length(ranks: RankPool) -> None:
+    base = Case("causal", "zigzag", any_length=True, compile="aot_eager")
+    case = ScoreCase(base, ("dense", "relative"), 1.5, has_sinks=True)
+    by_rank = ranks.run(run_lengths, case, world_size=2)
+    for n, length in enumerate(LENGTHS):
+        sized = replace(case, base=base.with_length(length))
+        check_one(sized, [results[n] for results in by_rank])

@@ -226,8 +226,29 @@ class ScoreCase:
         return weights @ v
 
 
-def run_score_case(group: ProcessGroup, rank: int, case: ScoreCase) -> list[Tensor]:
-    """This rank's rows of output and gradients; of biases not cut its partial sums."""
+def score_plan_text(case: ScoreCase, group: ProcessGroup, rank: int) -> str:
+    """The plan that the op carries on one rank."""
+    plan = parse_plan(plan_text(case.base, group, rank, timeout_s=60.0))
+    changed = replace(
+        plan,
+        softcap=case.softcap,
+        biases=tuple(kind.traits for kind in case.kinds),
+        dropout=Dropout(case.dropout, seed=2) if case.dropout else None,
+    )
+    return format_plan(changed)
+
+
+def run_score_case(
+    group: ProcessGroup,
+    rank: int,
+    case: ScoreCase,
+    *,
+    attend: Callable[..., Tensor] | None = None,
+) -> list[Tensor]:
+    """This rank's rows of output and gradients; of biases not cut its partial sums.
+
+    ``attend``: the ring op as ``compile_ring`` gives it, if there is one already.
+    """
     base = case.base
     layout = base.place(group.size())
     at = torch.tensor(layout.positions(rank, base.length))
@@ -244,14 +265,8 @@ def run_score_case(group: ProcessGroup, rank: int, case: ScoreCase) -> list[Tens
         inputs.append(sinks)
     for x in inputs:
         x.requires_grad_()
-    plan = parse_plan(plan_text(base, group, rank, timeout_s=60.0))
-    plan = replace(
-        plan,
-        softcap=case.softcap,
-        biases=tuple(kind.traits for kind in case.kinds),
-        dropout=Dropout(case.dropout, seed=2) if case.dropout else None,
-    )
-    attend = compile_ring(format_plan(plan), base)
+    if attend is None:
+        attend = compile_ring(score_plan_text(case, group, rank), base)
     arguments = (q, k, v, case.captures(), biases, sinks)
     if case.is_checkpointed:
         out = checkpoint(attend, *arguments, use_reentrant=False)
