@@ -1,6 +1,7 @@
 """Softcap, biases and sinks in the ring against dense float64 references."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,15 @@ from support.score_cases import (
     run_score_cases,
     score_plan_text,
 )
+from support.score_kernels import expect_tile, run_tile
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringcompile import ops
 from ringcompile.ir.mask import EmptyRow, Mask, causal
 from ringcompile.ir.text import format_mask
+from ringcompile.lowering.tiles import math
 
 LIMITS = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 2e-2}
 
@@ -40,6 +44,55 @@ def check_one(case: ScoreCase, by_rank: list[list[Tensor]]) -> None:
         size = max(want.abs().max(), largest / 3)
         error = (got.double() - want).abs().max() / size
         assert error < limit, (case, name, error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("order", ["natural", "hilbert"])
+def test_a_tile_of_several_blocks(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, order: str
+) -> None:
+    monkeypatch.setattr(math, "_Q_ROWS", 32)
+    monkeypatch.setattr(math, "_KV_ROWS", 48)
+    expected = expect_tile("cpu")
+    largest = max(x.abs().max() for x in expected)
+    for got, want in zip(run_tile("cpu", dtype, order), expected, strict=True):
+        assert got.dtype == ops.accumulation_dtype(dtype)
+        size = max(want.abs().max(), largest / 3)
+        assert (got.double() - want).abs().max() <= LIMITS[dtype] * size
+
+
+def test_buffers_grow_with_the_biases_alone() -> None:
+    random = torch.Generator().manual_seed(0)
+    S, options = 3000, {"mask": format_mask(Mask(causal())), "scale": 1.0}
+    q, k, v = (torch.randn(1, 2, S, 4, generator=random) for _ in range(3))
+    at, bias = torch.arange(S)[None], torch.randn(1, 2, 1, 2 * S - 1, generator=random)
+    options |= {"relative": [0], "softcap": 2.0}
+    with Largest() as largest:
+        out, lse = ops.MASKED_ATTENTION(q, k, v, at, at, [], [bias], **options)
+        ops.MASKED_ATTENTION_BACKWARD(
+            *(v, q, k, v, out, lse, at, at, [], [bias]), **options, learned=[0]
+        )
+    assert largest.size <= 2 * 128 * 1024
+
+
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor that operators give, views left out."""
+
+    size = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # noqa: ANN401
+        types: Any,  # noqa: ANN401
+        args: Any = (),  # noqa: ANN401
+        kwargs: Any = None,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        del types
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            stored = out.untyped_storage().nbytes() // out.element_size()
+            self.size = max(self.size, min(stored, out.numel()))
+        return out
 
 
 MIXED = ("dense", "keys", "relative", "heads")
