@@ -63,7 +63,7 @@ def test_a_tile_of_several_blocks(
 
 def test_buffers_grow_with_the_biases_alone() -> None:
     random = torch.Generator().manual_seed(0)
-    S, options = 3000, {"mask": format_mask(Mask(causal())), "scale": 1.0}
+    S, options = 1500, {"mask": format_mask(Mask(causal())), "scale": 1.0}
     q, k, v = (torch.randn(1, 2, S, 4, generator=random) for _ in range(3))
     at, bias = torch.arange(S)[None], torch.randn(1, 2, 1, 2 * S - 1, generator=random)
     options |= {"relative": [0], "softcap": 2.0}
