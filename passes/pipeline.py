@@ -8,7 +8,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import SymInt, nn
@@ -29,7 +29,12 @@ from ringcompile.passes.choose_pattern import choose_patterns
 from ringcompile.passes.emitter import AxisLayout
 from ringcompile.passes.find_attention import find_attention
 from ringcompile.passes.op import read_op
-from ringcompile.passes.propagate_layout import Placements, propagate_layout
+from ringcompile.passes.propagate_layout import (
+    Axis,
+    Placements,
+    Window,
+    propagate_layout,
+)
 from ringcompile.passes.raise_attention import raise_attention
 from ringcompile.passes.read_added import is_cut
 from ringcompile.passes.regions import Refusal, Region
@@ -288,6 +293,9 @@ class _Planner:
     ) -> tuple[AxisLayout, ...]:
         """Fix layout and padding of every axis."""
         for number, axis in enumerate(placements.axes):
+            if axis.window is not None:
+                self._lay_out_part(axis, axis.window)
+                continue
             on_axis = [
                 attentions[node]
                 for node, on in placements.attention_axes.items()
@@ -322,6 +330,22 @@ class _Planner:
             side, parts = Side(layout, size), attentions[node].build_parts(size)
             sides = (None, side) if axes[0] == number else (side, None)
             yield Crossing(tuple(parts), *sides)
+
+    def _lay_out_part(self, axis: Axis, window: Window) -> None:
+        """A part of an axis lies where it does there."""
+        outer = self._axes[window.axis]
+        length = axis.length
+        if isinstance(outer.length, int):
+            length = int(length)
+        part = replace(
+            outer,
+            length=length,
+            padded=True,
+            window=window,
+            rows=outer.shard_size,
+        )
+        self._axes.append(part)
+        self._reasons.append("a part of another sequence, on the same ranks")
 
     def _choose(
         self,

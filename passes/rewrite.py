@@ -254,11 +254,15 @@ class _Writer:
         def result(node: Node) -> Node:
             nonlocal number
             number += 1
-            sharded = self._decisions[node].placement is not None
-            if not (sharded and self._sharding.gathers_outputs):
+            shard = self._decisions[node].placement
+            if shard is None:
                 return self._emit.env[node]
-            what = f"output {number - 1}"
             because = 'outputs="gathered"'
+            if not self._sharding.gathers_outputs:
+                if not self._emit.is_part(shard):
+                    return self._emit.env[node]
+                because = "a part of the sequence has no shards of its own"
+            what = f"output {number - 1}"
             made_at = where(node)
             self.gathered.append(
                 Gathered(made_at, node.name, what, _bytes(node), because)
