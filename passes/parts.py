@@ -85,7 +85,7 @@ def check_operands(
         raise Refused(
             f"attention on Q, K, V and result of {sorted(map(str, dtypes))}",
             because="a ring computes in the one dtype of its operands",
-            instead="cast Q, K and V to one dtype; autocast isn't built yet",
+            instead="cast Q, K and V to one dtype",
         )
     batches = [shape_of(n)[0] for n in nodes]
     if not all(sizes_equal(batches[0], size) for size in batches[1:]):

@@ -371,14 +371,6 @@ def test_einsum_is_refused_until_issue_4() -> None:
     assert "einsum" in trace(attend, *make_qkv()).refusal().what
 
 
-def test_autocast_is_refused() -> None:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return F.scaled_dot_product_attention(q, k, v)
-
-    assert "autocast" in trace(attend, *make_qkv()).refusal().instead
-
-
 def test_half_precision_min_beside_padding_is_refused() -> None:
     """In float16, ``score + finfo.min`` still depends on the score: no plain mean."""
 
