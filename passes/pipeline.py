@@ -23,6 +23,7 @@ from ringcompile.ir.reshard import ReshardSpec, format_spec
 from ringcompile.ir.schedule import PartSpec, Schedule
 from ringcompile.ir.text import format_plan
 from ringcompile.mesh import Ranks
+from ringcompile.passes.autocast import spell_autocast
 from ringcompile.passes.caches import CACHE_ADVICE, find_cache_outputs
 from ringcompile.passes.canonicalize import canonicalize
 from ringcompile.passes.choose_pattern import choose_patterns
@@ -134,14 +135,9 @@ def run_passes(
     with without_saved_tensor_hooks():
         made = Rewritten(trace_shadow(gm, example_inputs))
     _note(made, "shadow")
-    with observe_pass(made.gm, "canonicalize"):
-        canonicalize(made.gm)
     made.draws = any(_draws(node) for node in made.gm.graph.nodes)
-    with observe_pass(made.gm, "find_attention"):
-        found = find_attention(made.gm)
-    made.refusals = tuple(f for f in found if isinstance(f, Refusal))
+    regions = _find_regions(made)
     _refuse(made.refusals, options)
-    regions = tuple(f for f in found if isinstance(f, Region))
     if not regions:
         return made
     chosen = choose_patterns(regions, made.refusals, options)
@@ -179,6 +175,17 @@ def run_passes(
 
 def _find_cross(calls: dict[Node, Region]) -> frozenset[Node]:
     return frozenset(node for node, region in calls.items() if region.is_cross)
+
+
+def _find_regions(made: Rewritten) -> tuple[Region, ...]:
+    """The attentions that become rings; the others are noted as refused."""
+    with observe_pass(made.gm, "canonicalize"):
+        spell_autocast(made.gm)
+        canonicalize(made.gm)
+    with observe_pass(made.gm, "find_attention"):
+        found = find_attention(made.gm)
+    made.refusals = tuple(f for f in found if isinstance(f, Refusal))
+    return tuple(f for f in found if isinstance(f, Region))
 
 
 def _run_whole(opaque: Node, options: RingOptions) -> str:
