@@ -9,6 +9,7 @@ all ranks.
 
 import operator
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 import sympy
@@ -19,13 +20,13 @@ from ringcompile.errors import ShardingError
 from ringcompile.ops import RING_ATTENTION
 from ringcompile.passes.collectors import Collector, find_collector
 from ringcompile.passes.dims import Dim, Dims, Factors, Size
+from ringcompile.passes.memory import find_base, find_written, writes_memory
 from ringcompile.passes.op import (
     Op,
     is_complex,
     is_float,
     is_tensor,
     read_op,
-    schema_of,
     shape_of,
 )
 from ringcompile.passes.rules import find_rule
@@ -79,7 +80,7 @@ class Decision:
         placement: of its result.
         operands: what each tensor operand must be, in the order of ``Op.slots``.
         flow: the rule's word, for ops that run on shards as they are.
-        collector: what sums shards up to a replicated result, if it does that.
+        collector: what carries it out with the help of other ranks, if it needs that.
         gathered: why a sharded operand must be gathered; empty if none.
     """
 
@@ -94,30 +95,49 @@ class Decision:
         """Whether the op runs on a shard, so that ranks compute different things."""
         return self.placement is not None or any(self.operands)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the op runs as in eager, on the memory that it had there."""
+        changed = self.is_sharded or self.gathered or self.collector is not None
+        return not changed
+
 
 @dataclass(frozen=True, slots=True)
 class Placements:
-    """All decisions of one graph, and its sequence axes."""
+    """All decisions of one graph, and its sequence axes.
+
+    Attributes:
+        axes: every sequence that is cut.
+        decisions: of every node.
+        attention_axes: numbers of the axes of an attention's queries and keys.
+    """
 
     axes: tuple[Axis, ...]
     decisions: dict[Node, Decision]
-    attention_axis: dict[Node, int]
+    attention_axes: dict[Node, tuple[int, int]]
 
 
-def propagate_layout(graph: Graph) -> Placements:
-    """Decide the placement of every node of a graph with ``ring_attention`` calls."""
+def propagate_layout(
+    graph: Graph, cross: AbstractSet[Node] = frozenset()
+) -> Placements:
+    """Decide the placement of every node of a graph with ``ring_attention`` calls.
+
+    Args:
+        graph: the graph; left as it is.
+        cross: calls whose keys are another sequence than the queries.
+    """
     factors = Factors()
     ops = {node: op for node in graph.nodes if (op := read_op(node)) is not None}
-    dims, flows = _find_dims(graph, ops, factors)
-    axes, attention_axis = _find_axes(graph, dims, factors)
-    decide = _Decider(ops, dims, flows, factors, axes)
+    dims, flows = _find_dims(graph, ops, factors, cross)
+    axes, attention_axes = _find_axes(graph, dims, factors, cross)
+    decide = _Decider(ops, dims, flows, factors, axes, attention_axes)
     for node in graph.nodes:
         decide(node)
-    return Placements(axes, decide.decisions, attention_axis)
+    return Placements(axes, decide.decisions, attention_axes)
 
 
 def _find_dims(
-    graph: Graph, ops: dict[Node, Op], factors: Factors
+    graph: Graph, ops: dict[Node, Op], factors: Factors, cross: AbstractSet[Node]
 ) -> tuple[dict[Node, Dims], dict[Node, Flow]]:
     dims: dict[Node, Dims] = {}
     flows: dict[Node, Flow] = {}
@@ -126,7 +146,7 @@ def _find_dims(
             dims[node] = _fit_dims(dims[node.args[0]], node, factors)
             continue
         op = ops.get(node)
-        flow = None if op is None else _apply_rule(op, factors, dims)
+        flow = None if op is None else _apply_rule(op, factors, dims, cross)
         if flow is not None:
             flows[node], dims[node] = flow, flow.dims
         elif is_tensor(node):
@@ -144,10 +164,12 @@ def _fit_dims(dims: Dims, node: Node, factors: Factors) -> Dims:
     )
 
 
-def _apply_rule(op: Op, factors: Factors, dims: dict[Node, Dims]) -> Flow | None:
+def _apply_rule(
+    op: Op, factors: Factors, dims: dict[Node, Dims], cross: AbstractSet[Node]
+) -> Flow | None:
     operands = [dims[node] for node in op.slots]
     if op.node.target is RING_ATTENTION:
-        return _flow_of_attention(factors, operands)
+        return _flow_of_attention(op, factors, operands, is_cross=op.node in cross)
     rule = find_rule(op)
     flow = rule(op, factors, operands) if rule is not None else None
     if flow is not None and len(flow.dims) != len(shape_of(op.node)):
@@ -155,22 +177,48 @@ def _apply_rule(op: Op, factors: Factors, dims: dict[Node, Dims]) -> Flow | None
     return flow
 
 
-def _flow_of_attention(factors: Factors, operands: list[Dims]) -> Flow:
-    """(B, H, S, D), (B, G, S, D), (B, G, S, E) and replicated captures."""
+def _flow_of_attention(
+    op: Op, factors: Factors, operands: list[Dims], *, is_cross: bool
+) -> Flow:
+    """(B, H, S, D), (B, G, S, D), (B, G, S, E), captures, and biases with S rows."""
     q, k, v = operands[:3]
     for other in (k, v):
         factors.unite(q[0], other[0])
-        factors.unite(q[2], other[2])
+        factors.unite(k[2] if is_cross else q[2], other[2])
+    for slot, dims in enumerate(operands):
+        if _is_cut_bias(op, slot):
+            factors.unite(q[2], dims[2])
     links = {Link(slot, 2, 2) for slot in range(3)} | {Link(0, 0, 0), Link(0, 1, 1)}
-    return Flow((q[0], q[1], q[2], v[3]), frozenset(links))
+    rows = _name_rows(factors, op.slots[0], q)
+    return Flow((q[0], q[1], rows, v[3]), frozenset(links))
+
+
+def _name_rows(factors: Factors, node: Node, dims: Dims) -> Dim:
+    """The rows of Q or K as one factor; rows made of several are cut right here."""
+    return dims[2] if len(dims[2]) == 1 else factors.new(shape_of(node)[2])
+
+
+def _is_cut_bias(op: Op, slot: int) -> bool:
+    """Whether a slot of an attention holds a bias with a row for each query."""
+    if op.slot_names[slot] != "biases":
+        return False
+    return not sizes_equal(shape_of(op.slots[slot])[2], 1)
 
 
 def _find_axes(
-    graph: Graph, dims: dict[Node, Dims], factors: Factors
-) -> tuple[tuple[Axis, ...], dict[Node, int]]:
+    graph: Graph, dims: dict[Node, Dims], factors: Factors, cross: AbstractSet[Node]
+) -> tuple[tuple[Axis, ...], dict[Node, tuple[int, int]]]:
     axes: list[Axis] = []
     numbers: dict[int, int] = {}
-    attention_axis: dict[Node, int] = {}
+    attention_axes: dict[Node, tuple[int, int]] = {}
+
+    def find_number(sequence: Dim, node: Node) -> int:
+        factor = factors.find(sequence[0])
+        if factor not in numbers:
+            numbers[factor] = len(axes)
+            axes.append(Axis(factor, shape_of(node)[2]))
+        return numbers[factor]
+
     for node in graph.nodes:
         if node.target is not RING_ATTENTION:
             continue
@@ -182,12 +230,12 @@ def _find_axes(
                 because="its sequence dim is no single extent that can be cut",
                 instead='options={"unsupported": "gather"} with another view of it',
             )
-        factor = factors.find(sequence[0])
-        if factor not in numbers:
-            numbers[factor] = len(axes)
-            axes.append(Axis(factor, shape_of(node)[2]))
-        attention_axis[node] = numbers[factor]
-    return tuple(axes), attention_axis
+        number = key_number = find_number(sequence, node)
+        if node in cross:
+            k = node.args[1]
+            key_number = find_number(_name_rows(factors, k, dims[k]), k)
+        attention_axes[node] = number, key_number
+    return tuple(axes), attention_axes
 
 
 _NUM_QKV = 3
@@ -205,6 +253,7 @@ class _Decider:
         flows: dict[Node, Flow],
         factors: Factors,
         axes: tuple[Axis, ...],
+        attention_axes: dict[Node, tuple[int, int]],
     ) -> None:
         self.decisions: dict[Node, Decision] = {}
         self._ops = ops
@@ -212,6 +261,7 @@ class _Decider:
         self._flows = flows
         self._factors = factors
         self._axes = axes
+        self._attention_axes = attention_axes
 
     def __call__(self, node: Node) -> None:
         """Decide one node; its operands are decided already."""
@@ -220,10 +270,9 @@ class _Decider:
             self.decisions[node] = Decision(source, (source,))
             return
         op = self._ops.get(node)
-        decision = Decision(None) if op is None else self._decide(op)
-        self.decisions[node] = decision
-        if op is not None:
-            _check_mutation(op, [self._placement(n) for n in op.slots], decision)
+        self.decisions[node] = Decision(None) if op is None else self._decide(op)
+        if writes_memory(node):
+            _check_mutation(node, self.decisions)
 
     def _placement(self, node: object) -> Placement:
         return self.decisions[node].placement if isinstance(node, Node) else None
@@ -231,6 +280,8 @@ class _Decider:
     def _decide(self, op: Op) -> Decision:
         current = [self._placement(node) for node in op.slots]
         flow = self._flows.get(op.node)
+        if op.node.target is RING_ATTENTION:
+            return self._decide_attention(op, flow)
         if flow is not None and flow.is_constant:  # operands only lend their dtype
             places = self._places(flow.dims) if is_float(op.node) else []
             placement = places[0] if len(places) == 1 else None
@@ -245,14 +296,24 @@ class _Decider:
         collector = find_collector(op, current)
         if collector is not None:
             operands = collector.operands(op, current)
-            return Decision(None, tuple(operands), collector=collector)
-        assert op.node.target is not RING_ATTENTION, "a ring is never gathered"
+            placement = collector.placement(op, current)
+            return Decision(placement, tuple(operands), collector=collector)
         because = (
             "no rule knows how it acts on a shard"
             if flow is None
             else "it mixes positions of the sequence"
         )
         return Decision(None, (None,) * len(current), gathered=because)
+
+    def _decide_attention(self, op: Op, flow: Flow | None) -> Decision:
+        """Queries and KV are cut along their axes, whatever they were before."""
+        queries, keys = (Shard(number, 2) for number in self._attention_axes[op.node])
+        # Captures are read whole, at global positions.
+        others = (
+            queries if _is_cut_bias(op, slot) else None
+            for slot in range(_NUM_QKV, len(op.slots))
+        )
+        return Decision(queries, (queries, keys, keys, *others), flow)
 
     def _find_local(self, op: Op, flow: Flow) -> Decision | None:
         """The op on shards, if the one axis of its result passes every operand."""
@@ -262,9 +323,6 @@ class _Decider:
         result = places[0]
         operands: list[Placement] = []
         for slot, node in enumerate(op.slots):
-            if op.node.target is RING_ATTENTION and slot >= _NUM_QKV:
-                operands.append(None)  # captures are read whole, at global positions
-                continue
             at = self._places(self._dims[node])
             linked = [x.operand_dim for x in flow.links if _leads(x, slot, result.dim)]
             if any(p.dim not in linked for p in at) or len(at) > 1:
@@ -306,18 +364,17 @@ def _leads(link: Link, slot: int, result_dim: int) -> bool:
     return link.slot == slot and link.result_dim == result_dim
 
 
-def _check_mutation(op: Op, current: list[Placement], decision: Decision) -> None:
-    """An op that writes its operand must find it where it lies."""
-    schema = schema_of(op.overload)
-    if not schema.is_mutable:
+def _check_mutation(node: Node, decisions: dict[Node, Decision]) -> None:
+    """A write in place must reach all who read that memory: none of it may be cut."""
+    bases = {find_base(n) for n in find_written(node)}
+    aliases = [n for n in decisions if n is not node and find_base(n) in bases]
+    if not decisions[node].is_sharded and all(decisions[n].is_plain for n in aliases):
         return
-    for slot, name in enumerate(op.slot_names):
-        argument = next(a for a in schema.arguments if a.name == name)
-        writes = argument.alias_info is not None and argument.alias_info.is_write
-        if writes and (current[slot] or decision.operands[slot]):
-            raise ShardingError(
-                f"{op.packet} writes in place to a value that is cut over the ranks",
-                at=where(op.node),
-                because="the write could be lost on the value that others read",
-                instead="write it out of place (x = x + y)",
-            )
+    op = read_op(node)
+    assert op is not None, "what writes memory is an op"
+    raise ShardingError(
+        f"{op.packet} writes in place to a value that is cut over the ranks",
+        at=where(node),
+        because="the write could be lost on the value that others read",
+        instead="write it out of place (x = x + y)",
+    )
