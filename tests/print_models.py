@@ -48,16 +48,20 @@ def measure(ranks: RankPool, cell: Cell) -> Line:
     try:
         results = ranks.run(run_cell, cell, world_size=cell.cp_size)
     except RankError as error:
-        return Line(f"{head}  FAILED: {find_cause(error)}", False, False)
+        cause, expected = find_cause(error), cell.expected.error
+        is_right = bool(expected) and expected in str(error)
+        word = "refused" if is_right else "FAILED"
+        return Line(f"{head}  {word}: {shorten(cause)}", is_right, False)
     first = results[0]
     faults = [fault for result in results for fault in result.faults]
     surprises = find_surprises(cell, first.record)
-    text = head + format_result(results)
+    text = head + format_result(results) + cell.expected.note
     if faults:
         text += f"  WRONG: {shorten(faults[0])}"
     if surprises:
         text += f"  UNEXPECTED: {surprises[0]}"
-    return Line(text, not faults and not surprises, not first.record.refused)
+    is_ring = bool(first.record.rings) and not first.record.refused
+    return Line(text, not faults and not surprises, is_ring)
 
 
 def format_result(results: Sequence[Result]) -> str:

@@ -161,19 +161,23 @@ def module(
     name: str,
     build: Callable[[Attention], nn.Module],
     make_inputs: Callable[[], Inputs],
-    *,
-    is_training: bool = True,
+    **mode: bool,
 ) -> ZooModel:
     """A row of ``torch.nn``; those choose their implementation themselves."""
-    return ZooModel(
-        f"nn.{name}", "torch.nn", build, make_inputs, ("sdpa",), is_training=is_training
-    )
+    return ZooModel(f"nn.{name}", "torch.nn", build, make_inputs, ("sdpa",), **mode)
 
 
 MODULES = (
     module("TransformerEncoder", _encoder(), _padded_source),
     module("TransformerEncoder causal", _encoder(norm_first=True), _causal_source),
     module("TransformerEncoder eval", _encoder(), _source, is_training=False),
+    module(
+        "TransformerEncoder without gradients",
+        _encoder(),
+        _padded_source,
+        is_training=False,
+        has_backward=False,
+    ),
     module("TransformerDecoder", _decoder, _target),
     module("Transformer", _transformer, _both),
     module("MultiheadAttention", _multihead, _self_attention(need_weights=False)),

@@ -29,11 +29,8 @@ class ZooModel:
         build: the model, tiny and with random weights, for an implementation.
         make_inputs: the batch, the same at every call.
         attentions: implementations that it has.
-        rings: attentions that become rings.
-        gathered: attentions that don't.
-        reason: of those, a part of the text.
-        gathers: other ops that need a whole value, each once.
         is_training: the mode it is run in.
+        has_backward: else it is run under ``torch.no_grad``.
     """
 
     name: str
@@ -41,11 +38,8 @@ class ZooModel:
     build: Callable[[Attention], nn.Module]
     make_inputs: Callable[[], Inputs]
     attentions: tuple[Attention, ...] = BOTH
-    rings: int = 2
-    gathered: int = 0
-    reason: str = ""
-    gathers: tuple[str, ...] = ()
     is_training: bool = True
+    has_backward: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from support.tolerances import (
     assert_output_equal,
     max_error,
 )
+from support.zoo_expected import Expected, find_expected
 from support.zoo_models import find_row
 from support.zoo_rows import Attention, Inputs, ZooModel
 
@@ -44,6 +45,10 @@ class Cell:
     @property
     def row(self) -> ZooModel:
         return find_row(self.name)
+
+    @property
+    def expected(self) -> Expected:
+        return find_expected(self.name, self.attention)
 
     def __str__(self) -> str:
         return f"{self.name}-{self.attention}-{self.cp_size}".replace(" ", "_")
@@ -121,7 +126,8 @@ def run_step(model: nn.Module, call: Callable[..., Any], inputs: Inputs) -> Outc
     loss = getattr(out, "loss", None)
     if loss is None:
         loss = _sum_with_weights(outputs)
-    loss.backward()
+    if loss.requires_grad:
+        loss.backward()
     grads: Gradients = {n: p.grad for n, p in model.named_parameters()}
     grads |= {
         f"input {name}": value.grad
@@ -142,7 +148,7 @@ def _sum_with_weights(outputs: list[Tensor]) -> Tensor:
     terms = []
     for x in outputs:
         weight = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-        if x.requires_grad:
+        if x.requires_grad or not torch.is_grad_enabled():
             terms.append((x * weight.to(x.dtype)).sum())
     return torch.stack(terms).sum()
 
@@ -154,7 +160,7 @@ def run_reference(row: ZooModel, attention: Attention) -> Outcome:
     usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with Float64():
+        with Float64(), torch.set_grad_enabled(row.has_backward):
             return run_step(model, model, inputs)
     finally:
         torch.set_default_dtype(usual)
@@ -167,35 +173,40 @@ def run_cell(group: ProcessGroup | None, rank: int, cell: Cell) -> Result:
     want = run_reference(row, cell.attention)
     model = build_model(row, cell.attention, torch.float32)
     call, record = compile_ring(model, group, compiler=cell.compiler)
-    got = run_step(model, call, make_inputs(row, torch.float32))
+    with torch.set_grad_enabled(row.has_backward):
+        got = run_step(model, call, make_inputs(row, torch.float32))
     output_error, grad_error = _measure(got, want)
     return Result(record, find_faults(got, want), output_error, grad_error)
 
 
 def find_surprises(cell: Cell, record: Record) -> list[str]:
-    """Where what the compiler made is other than the row says."""
-    row = cell.row
-    surprises = []
-    if len(record.rings) != row.rings:
-        surprises.append(f"{len(record.rings)} rings, not {row.rings}")
-    if len(record.refused) != row.gathered:
-        surprises.append(f"{len(record.refused)} gathered, not {row.gathered}")
-    surprises += [
+    """Where what the compiler made is other than the table says."""
+    want = cell.expected
+    gathers = tuple(sorted({gather.split(":")[0] for gather in record.gathers}))
+    pairs = (
+        ("rings", len(record.rings), want.rings),
+        ("attentions gathered", len(record.refused), want.gathered),
+        ("graphs", record.num_graphs, want.num_graphs),
+        ("other gathers", gathers, tuple(sorted(want.gathers))),
+        ("errors", "", want.error),
+    )
+    return [
+        f"{what}: {found}, not {expected}"
+        for what, found, expected in pairs
+        if found != expected
+    ] + [
         f"another reason: {refused}"
         for refused in record.refused
-        if not row.reason or row.reason not in refused
+        if want.reason not in refused
     ]
-    gathers = sorted({gather.split(":")[0] for gather in record.gathers})
-    if gathers != sorted(row.gathers):
-        surprises.append(f"gathers of {gathers}, not of {sorted(row.gathers)}")
-    return surprises
 
 
 def find_cause(error: RankError) -> str:
-    """The line of a rank's traceback that names the exception."""
+    """The line of a rank's traceback that names the exception, not Dynamo's around it."""
     lines = str(error).splitlines()
-    named = (x for x in lines if re.match(r"[\w.]+(Error|Exception|Failed)\b", x))
-    return next(named, lines[-1] if lines else "?")
+    named = [x for x in lines if re.match(r"[\w.]+(Error|Exception|Failed)\b", x)]
+    inner = [x for x in named if "BackendCompilerFailed" not in x]
+    return next(iter([*inner, *named]), "?")
 
 
 def find_faults(got: Outcome, want: Outcome) -> tuple[str, ...]:

@@ -139,7 +139,13 @@ VISION = (
     sight("deit", "DeiT"),
     sight("dinov2", "Dinov2"),
     sight("dinov2_with_registers", "Dinov2WithRegisters"),
-    sight("dinov3_vit", "DINOv3ViT", model="DINOv3ViTModel", make_inputs=pixels),
+    sight(
+        "dinov3_vit",
+        "DINOv3ViT",
+        model="DINOv3ViTModel",
+        make_inputs=pixels,
+        pos_embed_rescale=None,  # drawn at random in training
+    ),
     sight("beit", "Beit"),
     sight("beit relative", "Beit", use_relative_position_bias=True),
     sight("data2vec_vision", "Data2VecVision", use_relative_position_bias=True),
