@@ -15,20 +15,26 @@ from ringcompile.lowering.reshard import reduce_partial, spread
 
 
 def fill_empty_rows(
-    out: Tensor, lse: Tensor, qkv: tuple[Tensor, Tensor, Tensor], *, plan: RankPlan
+    out: Tensor,
+    lse: Tensor | None,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    *,
+    plan: RankPlan,
 ) -> Tensor:
     """Give rows whose lse is -inf what the user's mask means for them.
 
     Args:
         out: merged output, ``(B, H, T, E)``.
-        lse: merged lse, ``(B, H, T)``.
+        lse: merged lse, ``(B, H, T)``; None where each row has a key, if only a sink.
         qkv: this rank's rows of q ``(B, H, T, D)``, k and v.
         plan: the attention's plan.
 
     Returns:
         ``out`` with such rows replaced.
     """
-    return _fill_pads(_fill_empty(out, lse, qkv, plan), qkv[2], plan)
+    if lse is not None:
+        out = _fill_empty(out, lse, qkv, plan)
+    return _fill_pads(out, qkv[2], plan)
 
 
 def _fill_empty(
@@ -41,6 +47,7 @@ def _fill_empty(
     if mask.empty_row is EmptyRow.NAN:
         return torch.where(is_empty, torch.nan, out)
     passes_scores = mask.empty_row is EmptyRow.MEAN_ALL
+    assert not (passes_scores and plan.changes_scores), "gradients of scores alone"
     mean = _mean_of_all(*qkv, plan, passes_scores=passes_scores)
     return torch.where(is_empty, mean.to(out.dtype), out)
 

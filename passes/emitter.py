@@ -7,7 +7,7 @@ before its first use.
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -15,6 +15,7 @@ import torch
 from torch.fx import Graph, Node
 
 from ringcompile.ir.layout import Layout
+from ringcompile.ir.reshard import format_spec, parse_spec
 from ringcompile.ops import GATHER, REDUCE, SCALE_GRAD, SHARD, SPREAD
 from ringcompile.passes.dims import Size
 from ringcompile.passes.op import (
@@ -180,14 +181,32 @@ class Emitter:
 
     def where_rows(self, rows: Node, x: Node, shard: Shard, *, rank: int) -> Node:
         """``x`` where the bool ``rows`` ``(T,)`` hold, else 0."""
+        rows = self._spread_rows(rows, shard, rank=rank)
+        return self.call(aten.where.ScalarOther, rows, x, 0)
+
+    def _spread_rows(self, rows: Node, shard: Shard, *, rank: int) -> Node:
+        """Something of each row ``(T,)``, to be broadcast against a value."""
         if shard.outer != 1 or shard.inner != 1:
             sizes = [self.expression(shard.outer), -1, self.expression(shard.inner)]
             rows = self.call(aten.reshape.default, rows, [1, -1, 1])
             rows = self.call(aten.expand.default, rows, sizes)
         shape = [1] * rank
         shape[shard.dim] = -1
-        rows = self.call(aten.reshape.default, rows, shape)
-        return self.call(aten.where.ScalarOther, rows, x, 0)
+        return self.call(aten.reshape.default, rows, shape)
+
+    def positions_along(self, shard: Shard, rank: int) -> Node:
+        """Positions of rows, to be broadcast against a value of that rank."""
+        shape = [1] * rank
+        shape[shard.dim] = -1
+        return self.call(aten.reshape.default, self.positions(shard), shape)
+
+    def fill_pads(self, x: Node, shard: Shard, value: float, *, rank: int) -> Node:
+        """``x`` with another value in the rows of pads."""
+        if not self._axes[shard.axis].padded:
+            return x
+        real = self.call(aten.ge.Scalar, self.positions(shard), 0)
+        real = self._spread_rows(real, shard, rank=rank)
+        return self.call(aten.where.ScalarOther, real, x, value)
 
     def mask_pads(self, x: Node, shard: Shard, *, rank: int) -> Node:
         """``x`` with the rows of pads set to 0."""
@@ -203,6 +222,17 @@ class Emitter:
         placement = self._placements.decisions[node].placement
         assert placement is not None, f"{node} is sharded"
         return placement
+
+    def is_sharded(self, node: Node) -> bool:
+        """Whether an old node's value is cut over the ranks."""
+        return self._placements.decisions[node].placement is not None
+
+    def stack_ranks(self, x: Node, shard: Shard) -> Node:
+        """``x`` of each rank, of size 1 along the shard's dim, one behind the other."""
+        spec = parse_spec(self._axes[shard.axis].spec)
+        size = spec.layout.cp_size
+        text = format_spec(replace(spec, layout=Layout("contiguous", size)))
+        return self.call(GATHER, x, shard.dim, size, spec=text)
 
     def reduce(self, x: Node) -> Node:
         """Sum over the ranks; every rank then has the whole."""

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from ringcompile.config import RingOptions
 from ringcompile.errors import OptionError, UnsupportedAttentionError
-from ringcompile.ir.attention import Dropout, RankPlan
+from ringcompile.ir.attention import Bias, Dropout, RankPlan
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.mask import FALSE, later_keys
 from ringcompile.ir.reshard import ReshardSpec, format_spec
@@ -28,9 +28,10 @@ from ringcompile.passes.canonicalize import canonicalize
 from ringcompile.passes.choose_pattern import choose_patterns
 from ringcompile.passes.emitter import AxisLayout
 from ringcompile.passes.find_attention import find_attention
-from ringcompile.passes.op import read_op, shape_of
+from ringcompile.passes.op import read_op
 from ringcompile.passes.propagate_layout import Placements, propagate_layout
 from ringcompile.passes.raise_attention import raise_attention
+from ringcompile.passes.read_added import is_cut
 from ringcompile.passes.regions import Refusal, Region
 from ringcompile.passes.rewrite import Gathered, Sharding, rewrite
 from ringcompile.passes.scorers import insert_scorers
@@ -124,8 +125,7 @@ def run_passes(
             ``unsupported="error"``.
     """
     if (opaque := find_opaque(gm)) is not None:
-        _run_whole(opaque, options)
-        return Rewritten(gm)
+        return Rewritten(gm, notes=(_run_whole(opaque, options),))
     with without_saved_tensor_hooks():
         made = Rewritten(trace_shadow(gm, example_inputs))
     _note(made, "shadow")
@@ -172,7 +172,8 @@ def run_passes(
     return made
 
 
-def _run_whole(opaque: Node, options: RingOptions) -> None:
+def _run_whole(opaque: Node, options: RingOptions) -> str:
+    """Warn of it; return what was said."""
     error = UnsupportedAttentionError(
         f"a graph with {opaque.target}",
         at=where(opaque),
@@ -181,7 +182,9 @@ def _run_whole(opaque: Node, options: RingOptions) -> None:
     )
     if options.unsupported == "error":
         raise error
-    warnings.warn(f"runs whole on every rank: {error}", stacklevel=2)
+    said = f"runs whole on every rank: {error}"
+    warnings.warn(said, stacklevel=2)
+    return said
 
 
 def _draws(node: Node) -> bool:
@@ -259,7 +262,7 @@ class _Attention:
         region, pattern = self.region, self.pattern
         if not isinstance(pattern, Pattern):
             return ((region.mask, None),)
-        heads, kv_heads = (shape_of(o.node)[1] for o in (region.q, region.k))
+        heads, kv_heads = (int(o.shape[1]) for o in (region.q, region.k))
         is_causal = later_keys(region.mask.keeps) == FALSE
         spec = AttentionSpec(heads, kv_heads, length, is_causal)
         return pattern.build_parts(region.mask, spec)
@@ -336,6 +339,8 @@ class _Planner:
                 block_order=self._options.block_order,
                 kernel=self._options.kernel,
                 dropout=_plan_dropout(region),
+                softcap=region.softcap,
+                biases=tuple(Bias(is_cut=is_cut(bias)) for bias in region.biases),
             )
             planned[node] = PlannedAttention(
                 region, attention.pattern, plan, self._reasons[number]

@@ -19,13 +19,13 @@ from ringcompile.errors import ShardingError
 from ringcompile.ops import RING_ATTENTION
 from ringcompile.passes.collectors import Collector, find_collector
 from ringcompile.passes.dims import Dim, Dims, Factors, Size
+from ringcompile.passes.memory import find_base, find_written, writes_memory
 from ringcompile.passes.op import (
     Op,
     is_complex,
     is_float,
     is_tensor,
     read_op,
-    schema_of,
     shape_of,
 )
 from ringcompile.passes.rules import find_rule
@@ -79,7 +79,7 @@ class Decision:
         placement: of its result.
         operands: what each tensor operand must be, in the order of ``Op.slots``.
         flow: the rule's word, for ops that run on shards as they are.
-        collector: what sums shards up to a replicated result, if it does that.
+        collector: what carries it out with the help of other ranks, if it needs that.
         gathered: why a sharded operand must be gathered; empty if none.
     """
 
@@ -93,6 +93,12 @@ class Decision:
     def is_sharded(self) -> bool:
         """Whether the op runs on a shard, so that ranks compute different things."""
         return self.placement is not None or any(self.operands)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the op runs as in eager, on the memory that it had there."""
+        changed = self.is_sharded or self.gathered or self.collector is not None
+        return not changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +153,7 @@ def _fit_dims(dims: Dims, node: Node, factors: Factors) -> Dims:
 def _apply_rule(op: Op, factors: Factors, dims: dict[Node, Dims]) -> Flow | None:
     operands = [dims[node] for node in op.slots]
     if op.node.target is RING_ATTENTION:
-        return _flow_of_attention(factors, operands)
+        return _flow_of_attention(op, factors, operands)
     rule = find_rule(op)
     flow = rule(op, factors, operands) if rule is not None else None
     if flow is not None and len(flow.dims) != len(shape_of(op.node)):
@@ -155,14 +161,24 @@ def _apply_rule(op: Op, factors: Factors, dims: dict[Node, Dims]) -> Flow | None
     return flow
 
 
-def _flow_of_attention(factors: Factors, operands: list[Dims]) -> Flow:
-    """(B, H, S, D), (B, G, S, D), (B, G, S, E) and replicated captures."""
+def _flow_of_attention(op: Op, factors: Factors, operands: list[Dims]) -> Flow:
+    """(B, H, S, D), (B, G, S, D), (B, G, S, E), captures, and biases with S rows."""
     q, k, v = operands[:3]
     for other in (k, v):
         factors.unite(q[0], other[0])
         factors.unite(q[2], other[2])
+    for slot, dims in enumerate(operands):
+        if _is_cut_bias(op, slot):
+            factors.unite(q[2], dims[2])
     links = {Link(slot, 2, 2) for slot in range(3)} | {Link(0, 0, 0), Link(0, 1, 1)}
     return Flow((q[0], q[1], q[2], v[3]), frozenset(links))
+
+
+def _is_cut_bias(op: Op, slot: int) -> bool:
+    """Whether a slot of an attention holds a bias with a row for each query."""
+    if op.slot_names[slot] != "biases":
+        return False
+    return not sizes_equal(shape_of(op.slots[slot])[2], 1)
 
 
 def _find_axes(
@@ -220,10 +236,9 @@ class _Decider:
             self.decisions[node] = Decision(source, (source,))
             return
         op = self._ops.get(node)
-        decision = Decision(None) if op is None else self._decide(op)
-        self.decisions[node] = decision
-        if op is not None:
-            _check_mutation(op, [self._placement(n) for n in op.slots], decision)
+        self.decisions[node] = Decision(None) if op is None else self._decide(op)
+        if writes_memory(node):
+            _check_mutation(node, self.decisions)
 
     def _placement(self, node: object) -> Placement:
         return self.decisions[node].placement if isinstance(node, Node) else None
@@ -245,7 +260,8 @@ class _Decider:
         collector = find_collector(op, current)
         if collector is not None:
             operands = collector.operands(op, current)
-            return Decision(None, tuple(operands), collector=collector)
+            placement = collector.placement(op, current)
+            return Decision(placement, tuple(operands), collector=collector)
         assert op.node.target is not RING_ATTENTION, "a ring is never gathered"
         because = (
             "no rule knows how it acts on a shard"
@@ -263,7 +279,9 @@ class _Decider:
         operands: list[Placement] = []
         for slot, node in enumerate(op.slots):
             if op.node.target is RING_ATTENTION and slot >= _NUM_QKV:
-                operands.append(None)  # captures are read whole, at global positions
+                # What is read at global positions is read whole.
+                rows = replace(result, dim=2) if _is_cut_bias(op, slot) else None
+                operands.append(rows)
                 continue
             at = self._places(self._dims[node])
             linked = [x.operand_dim for x in flow.links if _leads(x, slot, result.dim)]
@@ -306,18 +324,17 @@ def _leads(link: Link, slot: int, result_dim: int) -> bool:
     return link.slot == slot and link.result_dim == result_dim
 
 
-def _check_mutation(op: Op, current: list[Placement], decision: Decision) -> None:
-    """An op that writes its operand must find it where it lies."""
-    schema = schema_of(op.overload)
-    if not schema.is_mutable:
+def _check_mutation(node: Node, decisions: dict[Node, Decision]) -> None:
+    """A write in place must reach all who read that memory: none of it may be cut."""
+    bases = {find_base(n) for n in find_written(node)}
+    aliases = [n for n in decisions if n is not node and find_base(n) in bases]
+    if not decisions[node].is_sharded and all(decisions[n].is_plain for n in aliases):
         return
-    for slot, name in enumerate(op.slot_names):
-        argument = next(a for a in schema.arguments if a.name == name)
-        writes = argument.alias_info is not None and argument.alias_info.is_write
-        if writes and (current[slot] or decision.operands[slot]):
-            raise ShardingError(
-                f"{op.packet} writes in place to a value that is cut over the ranks",
-                at=where(op.node),
-                because="the write could be lost on the value that others read",
-                instead="write it out of place (x = x + y)",
-            )
+    op = read_op(node)
+    assert op is not None, "what writes memory is an op"
+    raise ShardingError(
+        f"{op.packet} writes in place to a value that is cut over the ranks",
+        at=where(node),
+        because="the write could be lost on the value that others read",
+        instead="write it out of place (x = x + y)",
+    )

@@ -77,7 +77,7 @@ def attend(
         )
     else:
         out, lse = ops.MASKED_ATTENTION(
-            *(q, k, v, _rows(q), _rows(k), []), mask=_MASKS[is_causal], scale=scale
+            *(q, k, v, _rows(q), _rows(k), [], []), mask=_MASKS[is_causal], scale=scale
         )
     return out.to(ops.accumulation_dtype(q.dtype)), lse
 
@@ -135,7 +135,7 @@ def attend_backward(  # noqa: PLR0913 - what a backward reads
         )
     else:
         grads = ops.MASKED_ATTENTION_BACKWARD(
-            *(*tensors, lse, _rows(q), _rows(k), []),
+            *(*tensors, lse, _rows(q), _rows(k), [], []),
             mask=_MASKS[is_causal],
             scale=scale,
         )

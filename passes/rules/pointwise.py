@@ -37,6 +37,18 @@ def dropout(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
     return None
 
 
+def prelu(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
+    """The weight is one number, or runs along dim 1."""
+    dims = operands[0]
+    links = {Link(0, d, d) for d in range(len(dims))}
+    if shape_of(op.slots[1]) != (1,):
+        if len(dims) == 1:
+            return None
+        factors.unite(dims[1], operands[1][0])
+        links.add(Link(1, 0, 1))
+    return Flow(dims, frozenset(links))
+
+
 # Composite ops that carry no ``pointwise`` tag but are.
 # fmt: off
 _UNTAGGED = (
@@ -53,4 +65,7 @@ _UNTAGGED = (
 RULES = {getattr(aten, name): broadcast for name in _UNTAGGED} | {
     aten.dropout: dropout,
     aten.feature_dropout: dropout,
+    aten.alpha_dropout: dropout,
+    aten.prelu: prelu,
+    aten.broadcast_tensors: broadcast,
 }

@@ -121,6 +121,8 @@ def assert_region_is_true(region: Region, values: dict[Node, Any]) -> None:
 
 def _read_rows(operand: Operand, values: dict[Node, Any]) -> Tensor:
     rows: Tensor = values[operand.node].double()
+    if operand.view:
+        rows = rows.reshape([int(size) for size in operand.view])
     return rows.transpose(2, 3) if operand.transposed else rows
 
 
