@@ -1,4 +1,4 @@
-"""What a query with no key gives: the user's spelling decides; padding gives its own V.
+"""What a query with no key gives: the user's spelling decides; padding gives some V.
 
 Invariant: rows that have a key are untouched, in value and gradient.
 """
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ringcompile import ops
 from ringcompile.ir.attention import RankPlan
+from ringcompile.ir.layout import Side
 from ringcompile.ir.mask import EmptyRow
 from ringcompile.ir.reshard import ReshardSpec, format_spec
 from ringcompile.lowering.orders import find_positions
@@ -53,21 +54,23 @@ def _fill_empty(
 
 
 def _fill_pads(out: Tensor, v: Tensor, plan: RankPlan) -> Tensor:
-    """Let each row of padding attend to itself alone, without a gradient.
+    """Let each row of padding attend to one key alone, without a gradient.
 
-    Zeros would be NaN behind a norm without eps, and its backward would carry that NaN,
-    times a tangent of 0, into the weights before it.
+    To itself, or where keys are another sequence to the first that is here. Zeros would
+    be NaN behind a norm without eps, and its backward would carry that NaN, times a
+    tangent of 0, into the weights before it.
     """
-    layout, length = plan.schedule.layout, plan.schedule.length
-    if length is None or length % layout.num_chunks == 0:
+    schedule = plan.schedule
+    if not schedule.q_side.has_pads:
         return out
-    own = v.detach().repeat_interleave(out.shape[1] // v.shape[1], 1)
-    return torch.where(_is_real(out, plan), out, own)
+    own = v if schedule.keys is None else v[:, :, :1]
+    own = own.detach().repeat_interleave(out.shape[1] // v.shape[1], 1)
+    return torch.where(_is_real(out, plan, schedule.q_side), out, own)
 
 
-def _is_real(x: Tensor, plan: RankPlan) -> Tensor:
-    """Which rows are no padding, ``(T, 1)``."""
-    layout, length = plan.schedule.layout, plan.schedule.length
+def _is_real(x: Tensor, plan: RankPlan, side: Side) -> Tensor:
+    """Which rows of a shard are no padding, ``(T, 1)``."""
+    layout, length = side.layout, side.length
     chunk = x.shape[2] // layout.chunks_per_rank
     positions = find_positions(layout, plan.rank, chunk, length=length, device=x.device)
     length = chunk * layout.num_chunks if length is None else length
@@ -85,7 +88,7 @@ def _mean_of_all(
     ``scale / S * K^T (V - mean)``. ``x - x.detach()`` adds that gradient to the mean.
 
     Returns:
-        ``(B, H, T, E)``.
+        ``(B, H, 1 or T, E)``.
     """
     schedule = plan.schedule
     spec = format_spec(
@@ -95,8 +98,8 @@ def _mean_of_all(
     )
     dtype = ops.accumulation_dtype(q.dtype)
     q, k, v = (x.to(dtype) for x in (q, k, v))
-    is_real = _is_real(v, plan)
-    length = schedule.length
+    is_real = _is_real(v, plan, schedule.kv_side)
+    length = schedule.kv_side.length
     if length is None:
         length = v.shape[2] * schedule.cp_size
     total = reduce_partial(torch.where(is_real, v, 0.0).sum(2, keepdim=True), spec=spec)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ringcompile.ir.attention import RankPlan
+from ringcompile.ir.layout import Side
 from ringcompile.ir.schedule import Kernel, Part, Piece, Rows, Selection, Step, Tile
 from ringcompile.ir.text import format_mask, parse_plan
 from ringcompile.lowering.cut_selected import Compact, cut_selected
@@ -103,16 +104,16 @@ class PartProgram:
         """Running values over the KV rows that a tile reads."""
         assert tile.reads is not None, "an empty tile has no gradients"
         spans = [tile.reads.own_rows, *(piece.kv for piece in tile.pieces)]
-        return Segments(spans, self.frame.chunk, combine=combine)
+        return Segments(spans, self.frame.kv_chunk, combine=combine)
 
     def kv_segments(self, combine: Callable[[Values, Values], Values]) -> Segments:
         """Running values over this rank's KV, cut where readers' rows are."""
-        spans = [self.frame.shard.rows]
+        spans = [self.frame.kv_shard.rows]
         for tile in self.tiles:
             mine = tile.reads if tile.is_own else tile.sends
             if mine is not None:
                 spans.append(mine.shard_rows)
-        return Segments(spans, self.frame.chunk, combine=combine)
+        return Segments(spans, self.frame.kv_chunk, combine=combine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,43 +122,62 @@ class Frame:
 
     Attributes:
         plan: what all ranks do.
-        chunk: tokens in a chunk.
+        chunk: tokens in a chunk of queries.
+        kv_chunk: tokens in a chunk of keys.
         device: where the shards lie.
     """
 
     plan: RankPlan
     chunk: Size
+    kv_chunk: Size
     device: torch.device
 
     @property
     def shard(self) -> Span:
-        """All rows of a shard."""
+        """All rows of a shard of queries."""
         chunks = self.plan.schedule.layout.chunks_per_rank
         return Span(Rows((0, 0), (chunks, 0)), self.chunk)
+
+    @property
+    def kv_shard(self) -> Span:
+        """All rows of a shard of keys."""
+        chunks = self.plan.schedule.kv_side.layout.chunks_per_rank
+        return Span(Rows((0, 0), (chunks, 0)), self.kv_chunk)
 
     def tag(self, phase: Phase, step: int) -> Tag:
         """The tag of a step's hop."""
         return Tag(self.plan.index, phase, step)
 
-    def positions(self, rank: int) -> Tensor:
-        """Global positions of a rank's rows, ``(T,)``; padding is past the length."""
-        schedule = self.plan.schedule
+    def q_positions(self) -> Tensor:
+        """Global positions of this rank's queries, ``(T,)``; pads are past the end."""
+        side = self.plan.schedule.q_side
+        return self._positions(side, self.plan.rank, self.chunk)
+
+    def kv_positions(self, rank: int) -> Tensor:
+        """Global positions of a rank's keys, ``(T,)``; pads are past the end."""
+        return self._positions(self.plan.schedule.kv_side, rank, self.kv_chunk)
+
+    def _positions(self, side: Side, rank: int, chunk: Size) -> Tensor:
         return find_positions(
-            *(schedule.layout, rank, self.chunk),
-            length=schedule.length,
-            device=self.device,
+            side.layout, rank, chunk, length=side.length, device=self.device
         )
 
 
 def build_program(
     plan_text: str,
     q: Tensor,
+    k: Tensor,
     captures: Sequence[Tensor],
     biases: Sequence[PartBias] = (),
 ) -> tuple[PartProgram, ...]:
-    """Read a plan for shards as long as ``q``, ``(B, H, T, D)``."""
+    """Read a plan for shards as long as ``q`` and ``k``, ``(B, H, T, D)``."""
     plan = read_plan(plan_text)
-    frame = Frame(plan, _chunk_size(plan, q.shape[2]), q.device)
+    schedule = plan.schedule
+    chunks = (
+        _chunk_size(plan, side, x.shape[2])
+        for side, x in ((schedule.q_side, q), (schedule.kv_side, k))
+    )
+    frame = Frame(plan, *chunks, q.device)
     parts, number = [], 0
     for part in plan.schedule.parts:
         queries = _find_queries(part, frame)
@@ -180,13 +200,12 @@ def build_program(
     return tuple(parts)
 
 
-def _chunk_size(plan: RankPlan, rows: Size) -> Size:
-    schedule = plan.schedule
-    if schedule.length is None:
-        return rows // schedule.layout.chunks_per_rank
-    expected = schedule.layout.shard_size(schedule.length)
+def _chunk_size(plan: RankPlan, side: Side, rows: Size) -> Size:
+    if side.length is None:
+        return rows // side.layout.chunks_per_rank
+    expected = side.layout.shard_size(side.length)
     assert rows == expected, f"{rows} rows on rank {plan.rank}, planned for {expected}"
-    return schedule.layout.chunk_size(schedule.length)
+    return side.layout.chunk_size(side.length)
 
 
 def _build_tile(step: Step, part: Part, queries: RowSet, frame: Frame) -> TileProgram:
@@ -201,7 +220,7 @@ def _build_tile(step: Step, part: Part, queries: RowSet, frame: Frame) -> TilePr
         first = reads.rows.start
         pieces = tuple(replace(p, kv=shift(p.kv, first)) for p in mine.pieces)
     elif reads is not None:
-        pieces = _close_up(mine, cast("int", frame.chunk))
+        pieces = _close_up(mine, cast("int", frame.kv_chunk))
     return TileProgram(
         is_own=step.shift == 0,
         number=0,
@@ -247,9 +266,10 @@ def _find_kv(
     if not needs:
         return None
     if part.selection is None and len(needs) == 1:
-        return Span(needs[0], frame.chunk)
+        return Span(needs[0], frame.kv_chunk)
     if part.selection is None:
-        layout, chunk = frame.plan.schedule.layout, cast("int", frame.chunk)
+        layout = frame.plan.schedule.kv_side.layout
+        chunk = cast("int", frame.kv_chunk)
         return find_runs(needs, chunk, layout, frame.device)
     return _find_selected(part.selection, frame, ranks[0], reader=ranks[1])
 

@@ -57,7 +57,7 @@ def ring_attention(  # noqa: PLR0913 - the op's schema
 
     Args:
         q: own rows, ``(B, H, T, D)``.
-        k: own rows, ``(B, G, T, D)``.
+        k: own rows, ``(B, G, T, D)``; T as many as the plan's keys have.
         v: own rows, ``(B, G, T, E)``.
         captures: what the mask reads, full and equal on all ranks.
         biases: added to scores, as the plan says; those not cut equal on all ranks.
@@ -105,7 +105,7 @@ class _Ring(torch.autograd.Function):
             return part.queries.place((out, lse))[1]
 
         biases = read_biases(plan, tensors, [False] * len(tensors))
-        parts = build_program(plan_text, q, captures, biases)
+        parts = build_program(plan_text, q, k, captures, biases)
         out, lse = reduce(_merge, map(attend, parts))
         if sinks is not None:
             assert not own_outs, "detached weights say nothing of a sink's"
@@ -140,7 +140,7 @@ class _Ring(torch.autograd.Function):
         lse = torch.where(lse == -torch.inf, torch.inf, lse)
         shard = _Shard(grad_out.contiguous(), q, k, v, lse)
         biases = read_biases(plan, tensors, learned)
-        parts = build_program(ctx.plan_text, q, captures, biases)
+        parts = build_program(ctx.plan_text, q, k, captures, biases)
         of_blocks = None if ctx.num_blocks is None else BlockSums(ctx.num_blocks)
         d_sinks = None
         if ctx.needs_input_grad[5]:

@@ -40,7 +40,7 @@ def emit_artifacts(made: Rewritten, *, rank: int) -> None:
 
 def _summarize(made: Rewritten) -> str:
     rings, refused = len(made.attentions), len(made.refusals)
-    layouts = dict.fromkeys(str(a.plan.schedule.layout) for a in made.attentions)
+    layouts = dict.fromkeys(a.plan.schedule.place for a in made.attentions)
     of = f" as {', '.join(layouts)}" if layouts else ""
     return f"{rings} of {rings + refused} attentions ring{of}"
 

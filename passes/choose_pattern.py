@@ -13,7 +13,11 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ringcompile.config import RingOptions
-from ringcompile.errors import OptionError, format_error
+from ringcompile.errors import (
+    OptionError,
+    UnsupportedAttentionError,
+    format_error,
+)
 from ringcompile.passes.places import UNKNOWN, find_place
 from ringcompile.passes.regions import Refusal, Region
 from ringcompile.torch_private import find_running_modules
@@ -27,7 +31,8 @@ class ChosenPatterns:
 
     Attributes:
         patterns: ``"exact"`` or a pattern, for each region.
-        unused: a warning for each glob that none of them got its pattern by.
+        unused: a warning for each glob that none of them got its pattern by, and for
+            what stays exact.
     """
 
     patterns: tuple[object, ...]
@@ -37,7 +42,7 @@ class ChosenPatterns:
 def choose_patterns(
     regions: Sequence[Region], refusals: Sequence[Refusal], options: RingOptions
 ) -> ChosenPatterns:
-    """Choose a pattern for each region.
+    """Choose a pattern for each region; cross attention stays exact.
 
     Args:
         regions: the attentions that become rings.
@@ -47,7 +52,40 @@ def choose_patterns(
     Raises:
         OptionError: a glob matches no module of the model, or an attention may lie in
             several modules whose patterns differ.
+        UnsupportedAttentionError: a cross attention would get a pattern and
+            ``unsupported="error"``.
     """
+    chosen = _choose_by_name(regions, refusals, options)
+    spared = [
+        region
+        for region, pattern in zip(regions, chosen.patterns, strict=True)
+        if region.is_cross and pattern != "exact"
+    ]
+    if not spared:
+        return chosen
+    error = UnsupportedAttentionError(
+        f"{_name_cross(spared[0])}, under a pattern",
+        at=", ".join(dict.fromkeys(region.where for region in spared)),
+        because="patterns are of one sequence's positions, and its keys are another's",
+        instead='attention={"encoder.*": pattern}, with globs of self-attentions alone',
+    )
+    if options.unsupported == "error":
+        raise error
+    patterns = (
+        "exact" if region.is_cross else pattern
+        for region, pattern in zip(regions, chosen.patterns, strict=True)
+    )
+    return ChosenPatterns(tuple(patterns), (*chosen.unused, f"stays exact: {error}"))
+
+
+def _name_cross(region: Region) -> str:
+    lengths = (o.shape[2] for o in (region.q, region.k))
+    return "attention of {} queries over {} keys".format(*lengths)
+
+
+def _choose_by_name(
+    regions: Sequence[Region], refusals: Sequence[Refusal], options: RingOptions
+) -> ChosenPatterns:
     globs = options.attention_globs
     if len({pattern for _, pattern in globs}) == 1 and globs[-1][0] == "*":
         return ChosenPatterns((globs[-1][1],) * len(regions))

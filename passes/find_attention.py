@@ -29,6 +29,7 @@ from ringcompile.passes.read_score import Score
 from ringcompile.passes.read_spelled import read_spelled
 from ringcompile.passes.read_values import Reader
 from ringcompile.passes.regions import Refusal, Region
+from ringcompile.passes.sequences import mark_cross
 from ringcompile.passes.shadow import where
 from ringcompile.passes.symbolic import Unreadable, read_truth
 from ringcompile.passes.value_scalars import read_scalar
@@ -50,7 +51,7 @@ def find_attention(gm: GraphModule) -> tuple[Region | Refusal, ...]:
         _settle(masks, output, read_parts)
         for output, read_parts in _find_candidates(gm.graph, reader)
     ]
-    return tuple(sorted(found, key=lambda f: reader.place_of(f.output)))
+    return mark_cross(sorted(found, key=lambda f: reader.place_of(f.output)))
 
 
 def _find_candidates(graph: Graph, reader: Reader) -> Iterator[tuple[Node, _ReadParts]]:

@@ -65,10 +65,16 @@ def check_dropout(rate: float) -> float:
 
 
 def check_lengths(q_length: Size, k_length: Size, v_length: Size) -> None:
-    """Refuse lengths that no ring is built for yet."""
-    if not all(sizes_equal(q_length, other) for other in (k_length, v_length)):
+    """Refuse lengths that no ring has."""
+    if not sizes_equal(k_length, v_length):
+        raise Refused(
+            f"attention over {k_length} keys with {v_length} values",
+            because="each key has one value",
+            instead="give K and V one length",
+        )
+    if not sizes_equal(q_length, k_length) and 1 in (q_length, k_length):
         raise Refused(
             f"attention of {q_length} queries over {k_length} keys",
-            because="attention between sequences of different lengths isn't built yet",
+            because="a sequence of one token can't be cut over ranks",
             instead="nothing; this attention runs gathered",
         )

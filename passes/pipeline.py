@@ -7,7 +7,7 @@ its text can be read.
 import hashlib
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from ringcompile.config import RingOptions
 from ringcompile.errors import OptionError, UnsupportedAttentionError
 from ringcompile.ir.attention import Bias, Dropout, RankPlan
-from ringcompile.ir.layout import Layout
+from ringcompile.ir.layout import Layout, Side
 from ringcompile.ir.mask import FALSE, later_keys
 from ringcompile.ir.reshard import ReshardSpec, format_spec
 from ringcompile.ir.schedule import PartSpec, Schedule
@@ -39,7 +39,7 @@ from ringcompile.passes.shadow import find_opaque, trace_shadow, where
 from ringcompile.passes.text import format_graph
 from ringcompile.patterns import AttentionSpec, Pattern
 from ringcompile.patterns.base import find_segment
-from ringcompile.plan.choose import choose_layout
+from ringcompile.plan.choose import Crossing, choose_layout
 from ringcompile.plan.coverage import DependsOnLength
 from ringcompile.plan.stages import build_schedule
 from ringcompile.torch_private import (
@@ -147,7 +147,7 @@ def run_passes(
         calls = raise_attention(made.gm, regions)
     _note(made, "raise_attention")
     with observe_pass(made.gm, "propagate_layout"):
-        placements = propagate_layout(made.gm.graph)
+        placements = propagate_layout(made.gm.graph, _find_cross(calls))
     attentions = {
         node: _Attention(region, pattern)
         for (node, region), pattern in zip(calls.items(), chosen.patterns, strict=True)
@@ -170,6 +170,10 @@ def run_passes(
     _note(made, "rewrite")
     _warn_of_gathers(made, options)
     return made
+
+
+def _find_cross(calls: dict[Node, Region]) -> frozenset[Node]:
+    return frozenset(node for node, region in calls.items() if region.is_cross)
 
 
 def _run_whole(opaque: Node, options: RingOptions) -> str:
@@ -286,10 +290,11 @@ class _Planner:
         for number, axis in enumerate(placements.axes):
             on_axis = [
                 attentions[node]
-                for node, on in placements.attention_axis.items()
-                if on == number
+                for node, on in placements.attention_axes.items()
+                if on == (number, number)
             ]
-            layout, reason = self._choose(on_axis, axis.length)
+            crossings = self._find_crossings(placements, attentions, number)
+            layout, reason = self._choose(on_axis, crossings, axis.length)
             length, padded = _settle_length(axis.length, layout)
             spec = ReshardSpec(
                 layout,
@@ -302,8 +307,27 @@ class _Planner:
             self._reasons.append(reason)
         return tuple(self._axes)
 
+    def _find_crossings(
+        self, placements: Placements, attentions: dict[Node, _Attention], number: int
+    ) -> Iterator[Crossing]:
+        """Attentions between an axis and others; one not laid out yet is in order."""
+        for node, axes in placements.attention_axes.items():
+            if number not in axes or axes == (number, number):
+                continue
+            other = axes[axes[0] == number]
+            size = size_hint(placements.axes[other].length)
+            layout = Layout("contiguous", self._ranks.size)
+            if other < number:
+                layout = self._axes[other].layout
+            side, parts = Side(layout, size), attentions[node].build_parts(size)
+            sides = (None, side) if axes[0] == number else (side, None)
+            yield Crossing(tuple(parts), *sides)
+
     def _choose(
-        self, attentions: Sequence[_Attention], length: int | SymInt
+        self,
+        attentions: Sequence[_Attention],
+        crossings: Iterable[Crossing],
+        length: int | SymInt,
     ) -> tuple[Layout, str]:
         name = self._options.layout
         if self._ranks.is_alone:
@@ -316,7 +340,7 @@ class _Planner:
             return layout, f'layout="{name}" in the options'
         size = size_hint(length)
         parts = [a.build_parts(size) for a in attentions]
-        return choose_layout(parts, self._ranks.size, size)
+        return choose_layout(parts, self._ranks.size, size, crossings=tuple(crossings))
 
     def plan(
         self, placements: Placements, attentions: dict[Node, _Attention]
@@ -324,8 +348,8 @@ class _Planner:
         """A plan for each call; axes whose schedule depends on S get a fixed S."""
         planned = {}
         for index, (node, attention) in enumerate(attentions.items()):
-            number, region = placements.attention_axis[node], attention.region
-            schedule = self._schedule(attention, number)
+            axes, region = placements.attention_axes[node], attention.region
+            schedule = self._schedule(attention, *axes)
             self._note_scorer(index, attention.pattern, schedule)
             plan = RankPlan(
                 index=index,
@@ -342,8 +366,9 @@ class _Planner:
                 softcap=region.softcap,
                 biases=tuple(Bias(is_cut=is_cut(bias)) for bias in region.biases),
             )
+            reasons = dict.fromkeys(self._reasons[number] for number in axes)
             planned[node] = PlannedAttention(
-                region, attention.pattern, plan, self._reasons[number]
+                region, attention.pattern, plan, "; keys: ".join(reasons)
             )
         return planned
 
@@ -364,19 +389,31 @@ class _Planner:
         assert isinstance(scorer, nn.Module), "a learned choice has its module"
         self.scorers[index] = scorer
 
-    def _schedule(self, attention: _Attention, number: int) -> Schedule:
-        axis = self._axes[number]
+    def _schedule(
+        self, attention: _Attention, number: int, key_number: int
+    ) -> Schedule:
+        axis, keys = self._axes[number], self._axes[key_number]
         stages = self._options.stages
         num_stages = stages if isinstance(stages, int) else None
         parts = attention.build_parts(axis.length)
-        length = None if isinstance(axis.length, SymInt) else axis.length
-        if any(selection is not None for _, selection in parts):
-            length = int(axis.length)
+
+        def build(q: Side, kv: Side) -> Schedule:
+            of_keys = None if key_number == number else kv
+            return build_schedule(
+                *(parts, q.layout, q.length), num_stages=num_stages, keys=of_keys
+            )
+
+        is_open = all(selection is None for _, selection in parts)
         try:
-            return build_schedule(parts, axis.layout, length, num_stages=num_stages)
+            return build(*(_read_side(x, is_open=is_open) for x in (axis, keys)))
         except DependsOnLength:
-            length = int(axis.length)
-            return build_schedule(parts, axis.layout, length, num_stages=num_stages)
+            return build(*(_read_side(x, is_open=False) for x in (axis, keys)))
+
+
+def _read_side(axis: AxisLayout, *, is_open: bool) -> Side:
+    """How an axis lies; a symbolic length is fixed unless it may stay open."""
+    stays = is_open and isinstance(axis.length, SymInt)
+    return Side(axis.layout, None if stays else int(axis.length))
 
 
 def _plan_dropout(region: Region) -> Dropout | None:

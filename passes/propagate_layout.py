@@ -9,6 +9,7 @@ all ranks.
 
 import operator
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 import sympy
@@ -103,27 +104,40 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Placements:
-    """All decisions of one graph, and its sequence axes."""
+    """All decisions of one graph, and its sequence axes.
+
+    Attributes:
+        axes: every sequence that is cut.
+        decisions: of every node.
+        attention_axes: numbers of the axes of an attention's queries and keys.
+    """
 
     axes: tuple[Axis, ...]
     decisions: dict[Node, Decision]
-    attention_axis: dict[Node, int]
+    attention_axes: dict[Node, tuple[int, int]]
 
 
-def propagate_layout(graph: Graph) -> Placements:
-    """Decide the placement of every node of a graph with ``ring_attention`` calls."""
+def propagate_layout(
+    graph: Graph, cross: AbstractSet[Node] = frozenset()
+) -> Placements:
+    """Decide the placement of every node of a graph with ``ring_attention`` calls.
+
+    Args:
+        graph: the graph; left as it is.
+        cross: calls whose keys are another sequence than the queries.
+    """
     factors = Factors()
     ops = {node: op for node in graph.nodes if (op := read_op(node)) is not None}
-    dims, flows = _find_dims(graph, ops, factors)
-    axes, attention_axis = _find_axes(graph, dims, factors)
-    decide = _Decider(ops, dims, flows, factors, axes)
+    dims, flows = _find_dims(graph, ops, factors, cross)
+    axes, attention_axes = _find_axes(graph, dims, factors, cross)
+    decide = _Decider(ops, dims, flows, factors, axes, attention_axes)
     for node in graph.nodes:
         decide(node)
-    return Placements(axes, decide.decisions, attention_axis)
+    return Placements(axes, decide.decisions, attention_axes)
 
 
 def _find_dims(
-    graph: Graph, ops: dict[Node, Op], factors: Factors
+    graph: Graph, ops: dict[Node, Op], factors: Factors, cross: AbstractSet[Node]
 ) -> tuple[dict[Node, Dims], dict[Node, Flow]]:
     dims: dict[Node, Dims] = {}
     flows: dict[Node, Flow] = {}
@@ -132,7 +146,7 @@ def _find_dims(
             dims[node] = _fit_dims(dims[node.args[0]], node, factors)
             continue
         op = ops.get(node)
-        flow = None if op is None else _apply_rule(op, factors, dims)
+        flow = None if op is None else _apply_rule(op, factors, dims, cross)
         if flow is not None:
             flows[node], dims[node] = flow, flow.dims
         elif is_tensor(node):
@@ -150,10 +164,12 @@ def _fit_dims(dims: Dims, node: Node, factors: Factors) -> Dims:
     )
 
 
-def _apply_rule(op: Op, factors: Factors, dims: dict[Node, Dims]) -> Flow | None:
+def _apply_rule(
+    op: Op, factors: Factors, dims: dict[Node, Dims], cross: AbstractSet[Node]
+) -> Flow | None:
     operands = [dims[node] for node in op.slots]
     if op.node.target is RING_ATTENTION:
-        return _flow_of_attention(op, factors, operands)
+        return _flow_of_attention(op, factors, operands, is_cross=op.node in cross)
     rule = find_rule(op)
     flow = rule(op, factors, operands) if rule is not None else None
     if flow is not None and len(flow.dims) != len(shape_of(op.node)):
@@ -161,17 +177,25 @@ def _apply_rule(op: Op, factors: Factors, dims: dict[Node, Dims]) -> Flow | None
     return flow
 
 
-def _flow_of_attention(op: Op, factors: Factors, operands: list[Dims]) -> Flow:
+def _flow_of_attention(
+    op: Op, factors: Factors, operands: list[Dims], *, is_cross: bool
+) -> Flow:
     """(B, H, S, D), (B, G, S, D), (B, G, S, E), captures, and biases with S rows."""
     q, k, v = operands[:3]
     for other in (k, v):
         factors.unite(q[0], other[0])
-        factors.unite(q[2], other[2])
+        factors.unite(k[2] if is_cross else q[2], other[2])
     for slot, dims in enumerate(operands):
         if _is_cut_bias(op, slot):
             factors.unite(q[2], dims[2])
     links = {Link(slot, 2, 2) for slot in range(3)} | {Link(0, 0, 0), Link(0, 1, 1)}
-    return Flow((q[0], q[1], q[2], v[3]), frozenset(links))
+    rows = _name_rows(factors, op.slots[0], q)
+    return Flow((q[0], q[1], rows, v[3]), frozenset(links))
+
+
+def _name_rows(factors: Factors, node: Node, dims: Dims) -> Dim:
+    """The rows of Q or K as one factor; rows made of several are cut right here."""
+    return dims[2] if len(dims[2]) == 1 else factors.new(shape_of(node)[2])
 
 
 def _is_cut_bias(op: Op, slot: int) -> bool:
@@ -182,11 +206,19 @@ def _is_cut_bias(op: Op, slot: int) -> bool:
 
 
 def _find_axes(
-    graph: Graph, dims: dict[Node, Dims], factors: Factors
-) -> tuple[tuple[Axis, ...], dict[Node, int]]:
+    graph: Graph, dims: dict[Node, Dims], factors: Factors, cross: AbstractSet[Node]
+) -> tuple[tuple[Axis, ...], dict[Node, tuple[int, int]]]:
     axes: list[Axis] = []
     numbers: dict[int, int] = {}
-    attention_axis: dict[Node, int] = {}
+    attention_axes: dict[Node, tuple[int, int]] = {}
+
+    def find_number(sequence: Dim, node: Node) -> int:
+        factor = factors.find(sequence[0])
+        if factor not in numbers:
+            numbers[factor] = len(axes)
+            axes.append(Axis(factor, shape_of(node)[2]))
+        return numbers[factor]
+
     for node in graph.nodes:
         if node.target is not RING_ATTENTION:
             continue
@@ -198,12 +230,12 @@ def _find_axes(
                 because="its sequence dim is no single extent that can be cut",
                 instead='options={"unsupported": "gather"} with another view of it',
             )
-        factor = factors.find(sequence[0])
-        if factor not in numbers:
-            numbers[factor] = len(axes)
-            axes.append(Axis(factor, shape_of(node)[2]))
-        attention_axis[node] = numbers[factor]
-    return tuple(axes), attention_axis
+        number = key_number = find_number(sequence, node)
+        if node in cross:
+            k = node.args[1]
+            key_number = find_number(_name_rows(factors, k, dims[k]), k)
+        attention_axes[node] = number, key_number
+    return tuple(axes), attention_axes
 
 
 _NUM_QKV = 3
@@ -221,6 +253,7 @@ class _Decider:
         flows: dict[Node, Flow],
         factors: Factors,
         axes: tuple[Axis, ...],
+        attention_axes: dict[Node, tuple[int, int]],
     ) -> None:
         self.decisions: dict[Node, Decision] = {}
         self._ops = ops
@@ -228,6 +261,7 @@ class _Decider:
         self._flows = flows
         self._factors = factors
         self._axes = axes
+        self._attention_axes = attention_axes
 
     def __call__(self, node: Node) -> None:
         """Decide one node; its operands are decided already."""
@@ -246,6 +280,8 @@ class _Decider:
     def _decide(self, op: Op) -> Decision:
         current = [self._placement(node) for node in op.slots]
         flow = self._flows.get(op.node)
+        if op.node.target is RING_ATTENTION:
+            return self._decide_attention(op, flow)
         if flow is not None and flow.is_constant:  # operands only lend their dtype
             places = self._places(flow.dims) if is_float(op.node) else []
             placement = places[0] if len(places) == 1 else None
@@ -262,13 +298,22 @@ class _Decider:
             operands = collector.operands(op, current)
             placement = collector.placement(op, current)
             return Decision(placement, tuple(operands), collector=collector)
-        assert op.node.target is not RING_ATTENTION, "a ring is never gathered"
         because = (
             "no rule knows how it acts on a shard"
             if flow is None
             else "it mixes positions of the sequence"
         )
         return Decision(None, (None,) * len(current), gathered=because)
+
+    def _decide_attention(self, op: Op, flow: Flow | None) -> Decision:
+        """Queries and KV are cut along their axes, whatever they were before."""
+        queries, keys = (Shard(number, 2) for number in self._attention_axes[op.node])
+        # Captures are read whole, at global positions.
+        others = (
+            queries if _is_cut_bias(op, slot) else None
+            for slot in range(_NUM_QKV, len(op.slots))
+        )
+        return Decision(queries, (queries, keys, keys, *others), flow)
 
     def _find_local(self, op: Op, flow: Flow) -> Decision | None:
         """The op on shards, if the one axis of its result passes every operand."""
@@ -278,11 +323,6 @@ class _Decider:
         result = places[0]
         operands: list[Placement] = []
         for slot, node in enumerate(op.slots):
-            if op.node.target is RING_ATTENTION and slot >= _NUM_QKV:
-                # What is read at global positions is read whole.
-                rows = replace(result, dim=2) if _is_cut_bias(op, slot) else None
-                operands.append(rows)
-                continue
             at = self._places(self._dims[node])
             linked = [x.operand_dim for x in flow.links if _leads(x, slot, result.dim)]
             if any(p.dim not in linked for p in at) or len(at) > 1:

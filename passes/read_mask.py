@@ -69,7 +69,7 @@ class MaskReader:
     _finished: dict[object, ReadMask] = field(default_factory=dict)
 
     def read_mask(self, keeps: Boolean, shape: tuple[Size, ...]) -> ReadMask:
-        """Finish a predicate over ``i0..i3`` of scores of shape ``(B, H, S, S)``.
+        """Finish a predicate over ``i0..i3`` of scores ``(B, H, queries, keys)``.
 
         Raises:
             Unreadable: it holds a value for every pair, or depends on the length.
@@ -124,10 +124,11 @@ def _number_captures(
 
 
 def _always_has_a_key(p: Boolean, last: dict[sympy.Symbol, Expr]) -> bool:
-    """Whether each query sees itself, or each sees the first token."""
-    return any(
-        normalize(replace_terms(p, {K: key}), last) == TRUE for key in (Q, sympy.S.Zero)
-    )
+    """Whether each query sees the first key, or the one at its own position."""
+    keys = [sympy.S.Zero]
+    if (last[K] - last[Q]).is_nonnegative:
+        keys.append(Q)
+    return any(normalize(replace_terms(p, {K: key}), last) == TRUE for key in keys)
 
 
 # ---- what may be read at run time ----------------------------------------------------
@@ -157,19 +158,22 @@ def _check_small(node: Node, shape: tuple[Size, ...]) -> None:
             continue
         seen.add(n)
         work += n.all_input_nodes
-        if is_tensor(n) and not _is_small(shape_of(n), batch=shape[0], length=shape[2]):
+        if is_tensor(n) and not _is_small(shape_of(n), shape):
             raise Unreadable(
                 f"{n.name} {list(shape_of(n))}, which it is computed from, holds a"
                 " value for every pair of tokens"
             )
 
 
-def _is_small(shape: Iterable[Size], *, batch: Size, length: Size) -> bool:
+def _is_small(shape: Iterable[Size], scores: tuple[Size, ...]) -> bool:
+    """Whether a shape holds no value for each pair of tokens of ``scores``."""
+    batch, _, *lengths = scores
     dims = list(shape)
     if dims and sizes_equal(dims[0], batch):
         dims = dims[1:]
-    return sum(sizes_equal(size, length) for size in dims) <= 1 and not any(
-        sizes_equal(size, length * length) for size in dims
+    spans = [any(sizes_equal(size, length) for length in lengths) for size in dims]
+    return sum(spans) <= 1 and not any(
+        sizes_equal(size, length * lengths[1]) for size in dims for length in lengths
     )
 
 

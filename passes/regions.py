@@ -65,6 +65,7 @@ class Region:
         softcap: as of ``ir.attention.RankPlan``.
         biases: what is added to scores.
         sinks: ``(H,)`` scores of one more key per head, whose value is 0.
+        is_cross: whether keys are tokens of another sequence than queries.
     """
 
     output: Node
@@ -80,6 +81,7 @@ class Region:
     softcap: float | None = None
     biases: tuple[BiasOperand, ...] = ()
     sinks: Node | None = None
+    is_cross: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from torch import SymInt, Tensor
 
 from ringcompile import ops
 from ringcompile.ir.evaluate import evaluate
+from ringcompile.ir.layout import Side
 from ringcompile.ir.mask import FALSE, TRUE, H, is_table
 from ringcompile.ir.schedule import Coverage, Piece
 from ringcompile.ir.text import parse_mask
@@ -144,11 +145,11 @@ def _build_masking(
 ) -> _Masking:
     q_pos, k_pos = (x[0] for x in positions)
     mask = parse_mask(part.mask)
-    length = part.frame.plan.schedule.length
-    if length is None:
+    schedule = part.frame.plan.schedule
+    if None in (schedule.q_side.length, schedule.kv_side.length):
         lists = _list_all(q_pos, k_pos)
     else:
-        known = _find_positions(part, tile, piece, length)
+        known = _find_positions(part, tile, piece)
         with outside_tracing():
             text = _list_blocks(mask.keeps, num_heads, *known)
         lists = BlockLists(*ops.BLOCK_LISTS(text, device=q_pos.device))
@@ -156,15 +157,22 @@ def _build_masking(
 
 
 def _find_positions(
-    part: PartProgram, tile: TileProgram, piece: Piece, length: int
+    part: PartProgram, tile: TileProgram, piece: Piece
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Positions of a piece's queries and keys, as numbers."""
-    layout, rank = part.frame.plan.schedule.layout, part.frame.plan.rank
-    chunk = layout.chunk_size(length)
-    q_at, k_at = (layout.positions(r, length) for r in (rank, tile.owner))
+    plan = part.frame.plan
+    q_at, q_chunk = _read_side(plan.schedule.q_side, plan.rank)
+    k_at, chunk = _read_side(plan.schedule.kv_side, tile.owner)
     rows = [n for run in tile.needs for n in range(*run.resolve(chunk))]
-    q_rows, k_rows = slice(*piece.q.resolve(chunk)), slice(*piece.kv.resolve(chunk))
+    q_rows, k_rows = slice(*piece.q.resolve(q_chunk)), slice(*piece.kv.resolve(chunk))
     return q_at[q_rows], tuple(k_at[n] for n in rows[k_rows])
+
+
+def _read_side(side: Side, rank: int) -> tuple[tuple[int, ...], int]:
+    """Positions of a rank's rows, and the chunk length."""
+    assert side.length is not None, "lists of blocks are of known lengths"
+    layout = side.layout
+    return layout.positions(rank, side.length), layout.chunk_size(side.length)
 
 
 # ---- lists of blocks -----------------------------------------------------------------

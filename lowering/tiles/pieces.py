@@ -33,7 +33,7 @@ def attend_piece(
     """
     chunk, scale = part.frame.chunk, part.frame.plan.scale
     q = take_rows(q, piece.q, chunk)
-    k, v = (take_rows(x, piece.kv, chunk) for x in kv)
+    k, v = (take_rows(x, piece.kv, part.frame.kv_chunk) for x in kv)
     if _is_dense(part, piece):
         view = _View.of(piece, q)
         is_causal = piece.kernel is Kernel.CAUSAL
@@ -76,7 +76,7 @@ def piece_gradients(
     """
     chunk, scale = part.frame.chunk, part.frame.plan.scale
     grad_out, q, out, lse = (take_rows(x, piece.q, chunk) for x in queries)
-    k, v = (take_rows(x, piece.kv, chunk) for x in kv)
+    k, v = (take_rows(x, piece.kv, part.frame.kv_chunk) for x in kv)
     tensors = (grad_out, q, k, v, out, lse)
     if _is_dense(part, piece):
         view = _View.of(piece, q)
@@ -238,9 +238,9 @@ def _positions(
     """Global positions of a piece's queries and keys, ``(heads or 1, n)``."""
     frame = part.frame
     assert tile.reads is not None, "a piece reads rows"
-    q_pos = part.queries.positions(frame.positions(frame.plan.rank))
-    k_pos = tile.reads.positions(frame.positions(tile.owner))
+    q_pos = part.queries.positions(frame.q_positions())
+    k_pos = tile.reads.positions(frame.kv_positions(tile.owner))
     return (
         take_rows(q_pos, piece.q, frame.chunk, dim=1),
-        take_rows(k_pos, piece.kv, frame.chunk, dim=1),
+        take_rows(k_pos, piece.kv, frame.kv_chunk, dim=1),
     )

@@ -172,6 +172,37 @@ class Layout:
         return f"{self.key} x{self.cp_size}"
 
 
+@dataclass(frozen=True, slots=True)
+class Side:
+    """The queries or the keys of an attention, as ranks hold them.
+
+    Attributes:
+        layout: which positions each rank holds.
+        length: tokens S; None: any S that needs no padding.
+    """
+
+    layout: Layout
+    length: int | None
+
+    @property
+    def has_pads(self) -> bool:
+        """Whether some rank holds pads."""
+        return self.length is not None and self.length % self.layout.num_chunks != 0
+
+    @property
+    def chunk(self) -> int | None:
+        """Tokens in a chunk, where that is known."""
+        return None if self.length is None else self.layout.chunk_size(self.length)
+
+    def at(self, length: int) -> "Side":
+        """The same for a known length: its own, or ``length`` if that is open."""
+        return Side(self.layout, length) if self.length is None else self
+
+    def __str__(self) -> str:
+        length = "" if self.length is None else f" of {self.length}"
+        return f"{self.layout}{length}"
+
+
 @lru_cache(maxsize=16)
 def _order(
     segment: int | None, level: int | None, length: int, padded: int

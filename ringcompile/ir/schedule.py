@@ -12,7 +12,7 @@ from typing import overload
 
 from torch import Tensor
 
-from ringcompile.ir.layout import Edge, Layout
+from ringcompile.ir.layout import Edge, Layout, Side
 from ringcompile.ir.mask import Mask
 
 
@@ -231,22 +231,40 @@ class Schedule:
         length: tokens S; None: the schedule serves every S that needs no padding.
         parts: one for plain attention; several for dilated attention.
         mixing: how the outputs of parts become one.
+        keys: where keys and values lie; None: as the queries do. Else the edges of KV
+            rows are affine in the chunk length of this side.
     """
 
     layout: Layout
     length: int | None
     parts: tuple[Part, ...]
     mixing: Mixing = Mixing()
+    keys: Side | None = None
 
     @property
     def cp_size(self) -> int:
         """Number of ranks."""
         return self.layout.cp_size
 
+    @property
+    def q_side(self) -> Side:
+        """Where queries lie."""
+        return Side(self.layout, self.length)
+
+    @property
+    def kv_side(self) -> Side:
+        """Where keys and values lie."""
+        return self.keys or self.q_side
+
+    @property
+    def place(self) -> str:
+        """The layouts as people read them."""
+        if self.keys is None:
+            return str(self.layout)
+        return f"{self.layout}, keys {self.keys}"
+
     def __str__(self) -> str:
-        lines = [
-            " | ".join(filter(None, (f"schedule {self.layout}", str(self.mixing))))
-        ]
+        lines = [" | ".join(filter(None, (f"schedule {self.place}", str(self.mixing))))]
         for number, part in enumerate(self.parts):
             lines.append(f"  part {number}: {part.mask}")
             for step_number, step in enumerate(part.steps):

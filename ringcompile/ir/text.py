@@ -13,7 +13,7 @@ import sympy
 from sympy.core.function import AppliedUndef
 
 from ringcompile.ir.attention import Bias, Dropout, RankPlan
-from ringcompile.ir.layout import Edge, Layout
+from ringcompile.ir.layout import Edge, Layout, Side
 from ringcompile.ir.mask import (
     FALSE,
     TABLE_MARK,
@@ -104,20 +104,28 @@ def _dump(value: _Json) -> str:
 
 
 def _schedule_to_json(schedule: Schedule) -> _Json:
-    return {
+    record = {
         "layout": [schedule.layout.key, schedule.layout.cp_size],
         "length": schedule.length,
         "mixing": [schedule.mixing.divisor, schedule.mixing.is_detached],
         "parts": [_part_to_json(part) for part in schedule.parts],
     }
+    if (keys := schedule.keys) is not None:
+        record["keys"] = [keys.layout.key, keys.length]
+    return record
 
 
 def _schedule_from_json(value: _Json) -> Schedule:
+    layout, keys = Layout.parse(*value["layout"]), None
+    if "keys" in value:
+        key, length = value["keys"]
+        keys = Side(Layout.parse(key, layout.cp_size), length)
     return Schedule(
-        Layout.parse(*value["layout"]),
+        layout,
         value["length"],
         tuple(map(_part_from_json, value["parts"])),
         Mixing(*value["mixing"]),
+        keys,
     )
 
 

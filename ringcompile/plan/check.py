@@ -10,6 +10,7 @@ from itertools import pairwise
 import networkx as nx
 
 from ringcompile.errors import PlanError
+from ringcompile.ir.layout import Side
 from ringcompile.ir.schedule import (
     Coverage,
     Kernel,
@@ -20,7 +21,7 @@ from ringcompile.ir.schedule import (
     format_runs,
 )
 from ringcompile.plan.backward import Communication, communications
-from ringcompile.plan.check_pairs import check_pairs, checked_lengths
+from ringcompile.plan.check_pairs import check_pairs, checked_sides
 
 
 def check_schedule(schedule: Schedule) -> None:
@@ -31,14 +32,11 @@ def check_schedule(schedule: Schedule) -> None:
     """
     for number, part in enumerate(schedule.parts):
         check_steps(part, schedule.cp_size, where=f"part {number}")
-        for length in checked_lengths(schedule):
-            chunk = schedule.layout.chunk_size(length)
+        for sides in checked_sides(schedule):
             for step in part.steps:
                 for rank, tile in enumerate(step.tiles):
                     where = f"part {number}, shift {step.shift}, rank {rank}"
-                    check_tile(
-                        tile, schedule.layout.chunks_per_rank, chunk, where=where
-                    )
+                    check_tile(tile, *sides, where=where)
         check_pairs(schedule, number)
     ranks = range(schedule.cp_size)
     check_communications([communications(schedule, rank) for rank in ranks])
@@ -58,23 +56,28 @@ def check_steps(part: Part, cp_size: int, *, where: str) -> None:
             raise PlanError(what, at=where, because=f"there are {cp_size} ranks")
 
 
-def check_tile(tile: Tile, chunks_per_rank: int, chunk: int, *, where: str) -> None:
-    """Raise unless a tile's pieces lie in the rows it has, for one chunk length."""
+def check_tile(tile: Tile, q_side: Side, kv_side: Side, *, where: str) -> None:
+    """Raise unless a tile's pieces lie in the rows it has, for known lengths."""
+    q_chunk, chunk = q_side.chunk, kv_side.chunk
+    assert q_chunk is not None, "queries of a known length"
+    assert chunk is not None, "keys of a known length"
     is_empty = tile.coverage is Coverage.EMPTY
     if is_empty != (not tile.pieces) or is_empty != (not tile.needs):
         what = f"{len(tile.pieces)} pieces in a tile of coverage {tile.coverage.name}"
         raise PlanError(what, at=where, because="a tile is empty iff it has no pieces")
-    shard = Rows((0, 0), (chunks_per_rank, 0))
+    q_shard, kv_shard = (
+        Rows((0, 0), (side.layout.chunks_per_rank, 0)) for side in (q_side, kv_side)
+    )
     for run in tile.needs:
-        _check_within(run, (shard,), chunk, where=where)
+        _check_within(run, (kv_shard,), chunk, where=where)
     for before, run in pairwise(tile.needs):
         if before.resolve(chunk)[1] >= run.resolve(chunk)[0]:
             what = f"needed rows {before} and {run} for chunks of {chunk}"
             raise PlanError(what, at=where, because="runs are in order and apart")
     for piece in tile.pieces:
-        _check_within(piece.q, (shard,), chunk, where=where)
+        _check_within(piece.q, (q_shard,), q_chunk, where=where)
         _check_within(piece.kv, tile.needs, chunk, where=where)
-        q, kv = piece.q.resolve(chunk), piece.kv.resolve(chunk)
+        q, kv = piece.q.resolve(q_chunk), piece.kv.resolve(chunk)
         if piece.kernel is Kernel.CAUSAL and q[1] - q[0] != kv[1] - kv[0]:
             what = f"a causal piece of rows {piece.q} and {piece.kv}"
             raise PlanError(what, at=where, because="it is no square")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ringcompile.errors import PlanError
 from ringcompile.ir.evaluate import evaluate
-from ringcompile.ir.layout import Layout
+from ringcompile.ir.layout import Layout, Side
 from ringcompile.ir.mask import FALSE, TRUE, B, H, has_captures
 from ringcompile.ir.schedule import Coverage, Kernel, Part, Schedule, Tile
 from ringcompile.plan.coverage import Span, find_coverage
@@ -27,11 +27,25 @@ _SAMPLE_CHUNKS = (2, 3, 5)
 _SAMPLE_HEADS = 16
 
 
-def checked_lengths(schedule: Schedule) -> tuple[int, ...]:
-    """The S that a schedule is checked for: its own, or some that it serves."""
-    if schedule.length is not None:
-        return (schedule.length,)
-    lengths = (chunk * schedule.layout.num_chunks for chunk in _SAMPLE_CHUNKS)
+Sides = tuple[Side, Side]
+"""Where queries and where keys lie, both of known length."""
+
+
+def checked_sides(schedule: Schedule) -> tuple[Sides, ...]:
+    """What a schedule is checked for: its own lengths, or some that it serves."""
+    q, kv = schedule.q_side, schedule.kv_side
+    if schedule.keys is None:
+        return tuple((q.at(s), q.at(s)) for s in _checked_lengths(q))
+    of_q, of_kv = _checked_lengths(q), _checked_lengths(kv)[::-1]
+    count = max(len(of_q), len(of_kv))  # the least of one with the most of the other
+    pairs = zip(of_q * count, of_kv * count, strict=False)
+    return tuple((q.at(s), kv.at(t)) for s, t in dict.fromkeys(pairs))
+
+
+def _checked_lengths(side: Side) -> tuple[int, ...]:
+    if side.length is not None:
+        return (side.length,)
+    lengths = (chunk * side.layout.num_chunks for chunk in _SAMPLE_CHUNKS)
     return tuple(s for n, s in enumerate(lengths) if not n or s <= MAX_PAIRWISE_LENGTH)
 
 
@@ -42,13 +56,24 @@ def check_pairs(schedule: Schedule, number: int) -> None:
         PlanError: a pair is left out, computed twice, or computed though masked.
     """
     part, layout = schedule.parts[number], schedule.layout
-    for length in checked_lengths(schedule):
+    for sides in checked_sides(schedule):
+        lengths = [_length(side) for side in sides]
         if part.selection is not None:
-            _check_selected(part, layout, length, number)
-        elif length <= MAX_PAIRWISE_LENGTH:
-            _check_pairwise(part, layout, length, number)
+            _check_selected(part, layout, lengths[0], number)
+        elif max(lengths) <= MAX_PAIRWISE_LENGTH:
+            _check_pairwise(part, sides, number)
         else:
-            _check_boxes(part, layout, length, number)
+            _check_boxes(part, sides, number)
+
+
+def _length(side: Side) -> int:
+    assert side.length is not None, "checked for a known length"
+    return side.length
+
+
+def _format_lengths(sides: Sides) -> str:
+    q, kv = sides
+    return f"S={q.length}" if q.length == kv.length else f"S={q.length} and {kv.length}"
 
 
 def _fail(what: str, number: int) -> PlanError:
@@ -68,18 +93,24 @@ def _tiles(part: Part, cp_size: int) -> Iterator[tuple[int, int, Tile]]:
 # Pair by pair.
 
 
-def _check_pairwise(part: Part, layout: Layout, length: int, number: int) -> None:
-    must, may = find_kept(part.mask.keeps, length)
-    times = torch.zeros(length, length, dtype=torch.int8)
-    unmasked = torch.zeros(length, length, dtype=torch.bool)
-    chunk = layout.chunk_size(length)
-    ranks = range(layout.cp_size)
-    places = [layout.position_tensor(r, chunk, length=length) for r in ranks]
-    for q_rank, kv_rank, tile in _tiles(part, layout.cp_size):
+def _check_pairwise(part: Part, sides: Sides, number: int) -> None:
+    shape = _length(sides[0]), _length(sides[1])
+    must, may = find_kept(part.mask.keeps, *shape)
+    times = torch.zeros(shape, dtype=torch.int8)
+    unmasked = torch.zeros(shape, dtype=torch.bool)
+    cp_size = sides[0].layout.cp_size
+    q_chunk, kv_chunk = (
+        side.layout.chunk_size(size) for side, size in zip(sides, shape, strict=True)
+    )
+    q_places, kv_places = (
+        [side.layout.position_tensor(r, chunk, length=size) for r in range(cp_size)]
+        for side, chunk, size in zip(sides, (q_chunk, kv_chunk), shape, strict=True)
+    )
+    for q_rank, kv_rank, tile in _tiles(part, cp_size):
         for piece in tile.pieces:
-            q = places[q_rank][slice(*piece.q.resolve(chunk))]
-            k = places[kv_rank][slice(*piece.kv.resolve(chunk))]
-            if max(int(q.max()), int(k.max())) >= length:
+            q = q_places[q_rank][slice(*piece.q.resolve(q_chunk))]
+            k = kv_places[kv_rank][slice(*piece.kv.resolve(kv_chunk))]
+            if int(q.max()) >= shape[0] or int(k.max()) >= shape[1]:
                 raise _fail(f"rank {q_rank} computes padding", number)
             taken = torch.ones(len(q), len(k), dtype=torch.bool)
             if piece.kernel is Kernel.CAUSAL:
@@ -94,22 +125,27 @@ def _check_pairwise(part: Part, layout: Layout, length: int, number: int) -> Non
     ):
         if bool(wrong.any()):
             q_at, k_at = wrong.nonzero()[0].tolist()
-            raise _fail(f"query {q_at} and key {k_at} {what} at S={length}", number)
+            at = _format_lengths(sides)
+            raise _fail(f"query {q_at} and key {k_at} {what} at {at}", number)
 
 
 @lru_cache(maxsize=32)
-def find_kept(p: Boolean, length: int) -> tuple[Tensor, Tensor]:
-    """Which pairs every capture, and which any capture, lets count; ``(S, S)`` each.
+def find_kept(
+    p: Boolean, length: int, kv_length: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Which pairs every capture, and which any capture, lets count.
+
+    Of queries by keys, which are as many unless ``kv_length`` says otherwise.
 
     Only the first heads are looked at, so the first may hold too many pairs and the
     second too few; a right schedule is never refused for it.
     """
-    at = torch.arange(length)
+    q, k = torch.arange(length), torch.arange(kv_length or length)
     heads = _SAMPLE_HEADS if H in p.free_symbols else 1
     head = torch.arange(heads)[:, None, None]
-    place = (at.new_zeros(()), head, at[:, None], at[None])
+    place = (q.new_zeros(()), head, q[:, None], k[None])
     must, may = (
-        evaluate(replace_unknown(p, value), place).expand(heads, length, length)
+        evaluate(replace_unknown(p, value), place).expand(heads, len(q), len(k))
         for value in (FALSE, TRUE)
     )
     return must.all(0), may.any(0)
@@ -169,14 +205,16 @@ class _Ranges:
                 yield start, strip.part(start - first, stop - start)
 
 
-def _check_boxes(part: Part, layout: Layout, length: int, number: int) -> None:
-    chunk = layout.chunk_size(length)
-    for q_rank, kv_rank, tile in _tiles(part, layout.cp_size):
+def _check_boxes(part: Part, sides: Sides, number: int) -> None:
+    q_chunk, kv_chunk = (side.layout.chunk_size(_length(side)) for side in sides)
+    for q_rank, kv_rank, tile in _tiles(part, sides[0].layout.cp_size):
         pieces = [
-            (p.q.resolve(chunk), p.kv.resolve(chunk), p.kernel) for p in tile.pieces
+            (p.q.resolve(q_chunk), p.kv.resolve(kv_chunk), p.kernel)
+            for p in tile.pieces
         ]
         q_strips, kv_strips = (
-            find_strips(layout, r, length) for r in (q_rank, kv_rank)
+            find_strips(side.layout, r, side.length)
+            for side, r in zip(sides, (q_rank, kv_rank), strict=True)
         )
         ends = (_end(q_strips), _end(kv_strips))
         if any(q[1] > ends[0] or kv[1] > ends[1] for q, kv, _ in pieces):
@@ -193,7 +231,8 @@ def _check_boxes(part: Part, layout: Layout, length: int, number: int) -> None:
                 wrong = _find_fault(part.mask.keeps, q_strip, kv_strip, within)
                 if wrong:
                     what = f"rank {q_rank} row {i} on, rank {kv_rank} row {j} on"
-                    raise _fail(f"{what}: pairs {wrong} at S={length}", number)
+                    at = _format_lengths(sides)
+                    raise _fail(f"{what}: pairs {wrong} at {at}", number)
 
 
 def _end(strips: tuple[Strip, ...]) -> int:

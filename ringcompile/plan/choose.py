@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from ringcompile.ir.layout import Layout
+from ringcompile.ir.layout import Layout, Side
 from ringcompile.ir.schedule import PartSpec
 from ringcompile.plan.cost import CPU, Machine, Sizes, estimate_seconds
 from ringcompile.plan.stages import build_schedule
@@ -13,11 +14,31 @@ _CANDIDATES = ("contiguous", "zigzag")
 _CLOSE = 0.03  # the model is no better than this; a closer call goes to the simpler
 
 
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """A cross attention of a sequence whose layout is to be chosen.
+
+    Attributes:
+        parts: its mask.
+        queries: where its queries lie; None: on that sequence.
+        keys: where its keys lie; None: on that sequence.
+    """
+
+    parts: tuple[PartSpec, ...]
+    queries: Side | None
+    keys: Side | None
+
+    def sides(self, chosen: Side) -> tuple[Side, Side]:
+        """Where queries and keys lie once the sequence lies so."""
+        return self.queries or chosen, self.keys or chosen
+
+
 def choose_layout(
     attentions: Sequence[Sequence[PartSpec]],
     cp_size: int,
     length: int,
     *,
+    crossings: Sequence[Crossing] = (),
     sizes: Sizes | None = None,
     machine: Machine = CPU,
 ) -> tuple[Layout, str]:
@@ -27,6 +48,7 @@ def choose_layout(
         attentions: the parts of each attention: its pattern's, masks and selections.
         cp_size: number of ranks.
         length: tokens S, or a typical S.
+        crossings: attentions between the sequence and others.
         sizes: sizes of the attentions; None for 32 heads of 128, 8 for KV.
         machine: the rates to reckon with.
 
@@ -36,23 +58,32 @@ def choose_layout(
     if cp_size == 1:
         return Layout("contiguous", 1), "one rank"
     sizes = sizes or Sizes()
-    counts = Counter(map(tuple, attentions))  # layers are mostly alike
+    own = [Crossing(tuple(parts), None, None) for parts in attentions]
+    counts = Counter([*own, *crossings])  # layers are mostly alike
     seconds = {
         name: sum(
-            number
-            * estimate_seconds(
-                build_schedule(parts, Layout(name, cp_size), length),
-                length,
-                sizes=sizes,
-                machine=machine,
-            )
-            for parts, number in counts.items()
+            number * _estimate(crossing.parts, *sides, sizes, machine)
+            for crossing, number in counts.items()
+            for sides in [crossing.sides(Side(Layout(name, cp_size), length))]
         )
         for name in _CANDIDATES
     }
     least = min(seconds.values())
     name = next(n for n in _CANDIDATES if seconds[n] <= least * (1 + _CLOSE))
     return Layout(name, cp_size), _format_reason(name, seconds)
+
+
+def _estimate(
+    parts: Sequence[PartSpec], q: Side, kv: Side, sizes: Sizes, machine: Machine
+) -> float:
+    assert q.length is not None, "a typical length"
+    return estimate_seconds(
+        build_schedule(parts, q.layout, q.length, keys=kv),
+        q.length,
+        sizes=sizes,
+        machine=machine,
+        kv_length=kv.length,
+    )
 
 
 def _format_reason(name: str, seconds: dict[str, float]) -> str:

@@ -7,6 +7,7 @@ the slowest rank. It ranks layouts; it does not predict a wall clock.
 from dataclasses import dataclass
 from itertools import count
 
+from ringcompile.ir.layout import Side
 from ringcompile.ir.schedule import Kernel, Part, Schedule, Step
 from ringcompile.plan.backward import Phase, communications
 from ringcompile.plan.pairs import count_pairs
@@ -83,7 +84,12 @@ class Sizes:
 
 
 def estimate_seconds(
-    schedule: Schedule, length: int, *, sizes: Sizes, machine: Machine
+    schedule: Schedule,
+    length: int,
+    *,
+    sizes: Sizes,
+    machine: Machine,
+    kv_length: int | None = None,
 ) -> float:
     """Seconds of forward and backward of one attention.
 
@@ -92,13 +98,16 @@ def estimate_seconds(
         length: tokens S.
         sizes: the attention's sizes.
         machine: the rates.
+        kv_length: keys, if they lie on another sequence.
     """
-    hops = _find_hop_seconds(schedule, length, sizes, machine)
+    kv_length = kv_length or length
+    sides = schedule.q_side.at(length), schedule.kv_side.at(kv_length)
+    hops = _find_hop_seconds(schedule, kv_length, sizes, machine)
     number, total = count(), 0.0
     for part in schedule.parts:
         numbers = [[next(number) for _ in stage] for stage in part.stages]
         compute = [
-            _compute_seconds(schedule, part, stage, length, sizes, machine)
+            _compute_seconds(part, stage, sides, sizes, machine)
             for stage in part.stages
         ]
         kv, dkv = (
@@ -116,10 +125,9 @@ def estimate_seconds(
 
 
 def _compute_seconds(
-    schedule: Schedule,
     part: Part,
     stage: tuple[Step, ...],
-    length: int,
+    sides: tuple[Side, Side],
     sizes: Sizes,
     machine: Machine,
 ) -> float:
@@ -129,23 +137,23 @@ def _compute_seconds(
         Kernel.CAUSAL: machine.causal_flops,
         Kernel.MASKED: machine.masked_flops,
     }
-    cp_size = schedule.cp_size
+    cp_size = sides[0].layout.cp_size
     seconds = [0.0] * cp_size
     for step in stage:
         for rank, tile in enumerate(step.tiles):
             ranks = (rank, (rank - step.shift) % cp_size)
             for piece in tile.pieces:
-                pairs = count_pairs(part, piece, schedule.layout, ranks, length=length)
+                pairs = count_pairs(part, piece, *sides, ranks=ranks)
                 flops = pairs * sizes.flops_per_pair
                 seconds[rank] += machine.kernel_s + flops / rates[piece.kernel]
     return max(seconds)
 
 
 def _find_hop_seconds(
-    schedule: Schedule, length: int, sizes: Sizes, machine: Machine
+    schedule: Schedule, kv_length: int, sizes: Sizes, machine: Machine
 ) -> dict[tuple[Phase, int], float]:
     """The slowest rank's part in each hop."""
-    chunk = schedule.layout.chunk_size(length)
+    chunk = schedule.kv_side.layout.chunk_size(kv_length)
     slowest: dict[tuple[Phase, int], float] = {}
     for rank in range(schedule.cp_size):
         for hop in communications(schedule, rank):

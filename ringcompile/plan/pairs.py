@@ -10,7 +10,7 @@ from functools import lru_cache
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from ringcompile.ir.layout import Layout
+from ringcompile.ir.layout import Side
 from ringcompile.ir.mask import TRUE, B, H, has_captures
 from ringcompile.ir.schedule import Coverage, Kernel, Part, Piece
 from ringcompile.plan.coverage import Span, find_coverage
@@ -22,19 +22,20 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 
 def count_pairs(
-    part: Part, piece: Piece, layout: Layout, ranks: tuple[int, int], *, length: int
+    part: Part, piece: Piece, q_side: Side, kv_side: Side, *, ranks: tuple[int, int]
 ) -> float:
     """Pairs that a piece computes, averaged over heads.
 
     Args:
         part: the part that the piece belongs to.
         piece: the piece.
-        layout: which positions each rank holds.
+        q_side: where queries lie, of a known length.
+        kv_side: where keys lie, of a known length.
         ranks: whose queries, whose keys and values.
-        length: tokens S.
     """
-    chunk = layout.chunk_size(length)
-    q_rows, kv_rows = piece.q.resolve(chunk), piece.kv.resolve(chunk)
+    assert q_side.chunk is not None, "queries of a known length"
+    assert kv_side.chunk is not None, "keys of a known length"
+    q_rows, kv_rows = piece.q.resolve(q_side.chunk), piece.kv.resolve(kv_side.chunk)
     num_q, num_kv = q_rows[1] - q_rows[0], kv_rows[1] - kv_rows[0]
     if piece.kernel is Kernel.FULL:
         return num_q * num_kv
@@ -43,18 +44,16 @@ def count_pairs(
     keeps = drop_unknown(part.mask.keeps)
     kept = sum(
         _estimate_kept(keeps, q.span, kv.span) * _density(q) * _density(kv)
-        for q in _find_parts(layout, ranks[0], length, q_rows)
-        for kv in _find_parts(layout, ranks[1], length, kv_rows)
+        for q in _find_parts(q_side, ranks[0], q_rows)
+        for kv in _find_parts(kv_side, ranks[1], kv_rows)
     )
     return kept if part.selection is None else kept / part.selection.rate**2
 
 
-def _find_parts(
-    layout: Layout, rank: int, length: int, rows: tuple[int, int]
-) -> list[Strip]:
+def _find_parts(side: Side, rank: int, rows: tuple[int, int]) -> list[Strip]:
     """A range of rows of a shard, padding left out."""
     parts = []
-    for strip in find_strips(layout, rank, length):
+    for strip in find_strips(side.layout, rank, side.length):
         first = max(rows[0] - strip.row[1], 0)
         stop = min(rows[1] - strip.row[1], strip.count[1])
         if stop > first:

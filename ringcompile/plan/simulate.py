@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ringcompile.ir.evaluate import evaluate
+from ringcompile.ir.layout import Side
 from ringcompile.ir.schedule import Kernel, Part, Schedule, Selection, Step
 from ringcompile.plan.selection import selected_rows
 
@@ -50,15 +51,17 @@ def simulate(  # noqa: PLR0913 - one attention's tensors
     Args:
         schedule: what all ranks do.
         q: ``(B, H, S, D)``.
-        k: ``(B, G, S, D)``.
+        k: ``(B, G, S, D)``, of as many keys as the schedule has.
         v: ``(B, G, S, E)``.
         grad_out: gradient of the output, ``(B, H, S, E)``.
         captures: what the masks read.
         scale: factor of ``<Q, K>``; None for ``D ** -0.5``.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    run = _Run(schedule, q.shape[2], captures, scale)
-    qs, ks, vs, grads = (run.shard(x.double()) for x in (q, k, v, grad_out))
+    sides = schedule.q_side.at(q.shape[2]), schedule.kv_side.at(k.shape[2])
+    run = _Run(schedule, *sides, captures, scale)
+    qs, grads = (run.shard(x.double(), run.q_side) for x in (q, grad_out))
+    ks, vs = (run.shard(x.double(), run.kv_side) for x in (k, v))
     mixing, heads = schedule.mixing, (q.shape[1], k.shape[1])
     grads = [x / mixing.divisor for x in grads]
     mixed, by_part = [_nothing(x, v.shape[3]) for x in qs], []
@@ -76,7 +79,10 @@ def simulate(  # noqa: PLR0913 - one attention's tensors
         for work in run.works(part, *heads):
             work.backward(run, (qs, ks, vs, grads, lse, delta), (dq, dk, dv))
     out = [x / mixing.divisor for x in out]
-    return Simulated(*(run.unshard(xs) for xs in (out, lse, dq, dk, dv)))
+    return Simulated(
+        *(run.unshard(xs, run.q_side) for xs in (out, lse, dq)),
+        *(run.unshard(xs, run.kv_side) for xs in (dk, dv)),
+    )
 
 
 _Result = tuple[Tensor, Tensor]
@@ -99,26 +105,21 @@ def _merge(old: _Result, new: _Result) -> _Result:
 @dataclass(frozen=True, slots=True)
 class _Run:
     schedule: Schedule
-    length: int
+    q_side: Side
+    kv_side: Side
     captures: Sequence[Tensor]
     scale: float
 
-    def positions(self, rank: int) -> Tensor:
-        """Global positions of a rank's rows, padding included."""
-        layout = self.schedule.layout
-        chunk = layout.chunk_size(self.length)
-        return layout.position_tensor(rank, chunk, length=self.length)
-
-    def shard(self, x: Tensor) -> list[Tensor]:
+    def shard(self, x: Tensor, side: Side) -> list[Tensor]:
         """Each rank's rows; a pad holds a copy of the last token."""
-        last = self.length - 1
+        last = _length(side) - 1
         ranks = range(self.schedule.cp_size)
-        return [x[:, :, self.positions(r).clamp(max=last)] for r in ranks]
+        return [x[:, :, _positions(side, r).clamp(max=last)] for r in ranks]
 
-    def unshard(self, shards: list[Tensor]) -> Tensor:
+    def unshard(self, shards: list[Tensor], side: Side) -> Tensor:
         """The whole sequence in the user's order, without padding."""
-        where = torch.tensor(self.schedule.layout.inverse(self.length))
-        return torch.cat(shards, 2)[:, :, where[: self.length]]
+        where = torch.tensor(side.layout.inverse(_length(side)))
+        return torch.cat(shards, 2)[:, :, where[: side.length]]
 
     def works(self, part: Part, num_heads: int, num_kv_heads: int) -> Iterator["_Work"]:
         """Every kernel call of a part on every rank, step after step."""
@@ -133,13 +134,14 @@ class _Run:
         tile = step.tiles[rank]
         if not tile.needs:
             return
-        chunk = self.schedule.layout.chunk_size(self.length)
+        sides = (self.q_side, self.kv_side)
+        q_chunk, chunk = (s.layout.chunk_size(_length(s)) for s in sides)
         arrived = [run.resolve(chunk) for run in tile.needs]
         if part.selection is not None:
             yield from self._selected_works(part, part.selection, rank, owner, shared)
             return
         for piece in tile.pieces:
-            q, kv = piece.q.resolve(chunk), piece.kv.resolve(chunk)
+            q, kv = piece.q.resolve(q_chunk), piece.kv.resolve(chunk)
             assert any(a <= kv[0] < kv[1] <= b for a, b in arrived), (
                 "reads what did not arrive"
             )
@@ -150,13 +152,13 @@ class _Run:
         self, part: Part, selection: Selection, rank: int, owner: int, shared: int
     ) -> Iterator["_Work"]:
         """One call for each query head, on the rows that travelled for its KV head."""
-        layout = self.schedule.layout
-        at = layout.positions(rank, self.length)
-        q_rows = selected_rows(selection, at, length=self.length)
+        layout, length = self.schedule.layout, _length(self.q_side)
+        at = layout.positions(rank, length)
+        q_rows = selected_rows(selection, at, length=length)
         kv_rows = selected_rows(
             selection,
-            layout.positions(owner, self.length),
-            length=self.length,
+            layout.positions(owner, length),
+            length=length,
             for_positions=at,
         )
         for head, rows in enumerate(q_rows):
@@ -166,6 +168,18 @@ class _Run:
             )
             if len(pair[0]) and len(pair[1]):
                 yield _Work(part, rank, owner, pair, Kernel.MASKED, head, shared)
+
+
+def _length(side: Side) -> int:
+    assert side.length is not None, "all lengths are known"
+    return side.length
+
+
+def _positions(side: Side, rank: int) -> Tensor:
+    """Global positions of a rank's rows, padding included."""
+    length = _length(side)
+    chunk = side.layout.chunk_size(length)
+    return side.layout.position_tensor(rank, chunk, length=length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,8 +279,8 @@ class _Work:
         return scores.masked_fill(~kept, -torch.inf)
 
     def _kept(self, run: _Run, num_batches: int, num_heads: int) -> Tensor:
-        q_at = run.positions(self.rank)[self.rows[0]][:, None]
-        k_at = run.positions(self.owner)[self.rows[1]]
+        q_at = _positions(run.q_side, self.rank)[self.rows[0]][:, None]
+        k_at = _positions(run.kv_side, self.owner)[self.rows[1]]
         heads = self._heads(num_heads)[:, None, None]
         batches = torch.arange(num_batches)[:, None, None, None]
         kept = evaluate(

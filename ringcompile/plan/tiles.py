@@ -14,8 +14,8 @@ from functools import lru_cache
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from ringcompile.ir.layout import Edge, Layout
-from ringcompile.ir.mask import TRUE, Mask, causal, has_captures
+from ringcompile.ir.layout import Edge, Layout, Side
+from ringcompile.ir.mask import TRUE, K, Mask, Q, causal, has_captures, is_capture
 from ringcompile.ir.schedule import Coverage, Kernel, Piece, Rows, Tile
 from ringcompile.ir.sums import split_floor, split_terms
 from ringcompile.plan.coverage import DependsOnLength, Span, find_coverage
@@ -112,7 +112,12 @@ def _find_order_strips(
 
 @lru_cache(maxsize=65536)
 def build_tile(
-    mask: Mask, layout: Layout, q_rank: int, kv_rank: int, length: int | None
+    mask: Mask,
+    layout: Layout,
+    q_rank: int,
+    kv_rank: int,
+    length: int | None,
+    keys: Side | None = None,
 ) -> Tile:
     """Decide the tile of one query shard and one KV shard.
 
@@ -122,34 +127,68 @@ def build_tile(
         q_rank: whose queries.
         kv_rank: whose keys and values.
         length: tokens S; None for a tile that serves every S that needs no padding.
+        keys: where keys lie; None: as the queries do.
 
     Raises:
-        DependsOnLength: ``length`` is None and no one tile serves every S.
+        DependsOnLength: a length is None and no one tile serves every S.
     """
+    q_side = Side(layout, length)
+    kv_side = keys or q_side
+    if keys is not None:
+        _check_apart(mask.keeps, q_side, keys)
     q = find_strips(layout, q_rank, length)
-    kv = find_strips(layout, kv_rank, length)
+    kv = find_strips(kv_side.layout, kv_rank, kv_side.length)
     if not q or not kv:
         return EMPTY_TILE
     pieces = None
-    if layout.has_runs and q_rank == kv_rank:
+    has_runs = layout.has_runs and kv_side.layout.has_runs
+    if has_runs and keys is None and q_rank == kv_rank:
         pieces = _whole_causal(mask.keeps, q, kv)
     if pieces is None:
-        cut = _cut_runs if layout.has_runs else _cut_curves
-        cells = list(cut(mask.keeps, q, kv, length))
+        cut = _cut_runs if has_runs else _cut_curves
+        known = None if kv_side.length is None else length
+        cells = list(cut(mask.keeps, q, kv, known))
         pieces = tuple(_join(_join(cells, along_kv=True), along_kv=False))
     if not pieces:
         return EMPTY_TILE
-    chunk = None if length is None else layout.chunk_size(length)
     is_full = [(p.q, p.kv, p.kernel) for p in pieces] == [
         (_hull([s.rows for s in q]), _hull([s.rows for s in kv]), Kernel.FULL)
     ]
     return Tile(
         Coverage.FULL if is_full else Coverage.PARTIAL,
         tuple(
-            Piece(_in_chunks(p.q, chunk), _in_chunks(p.kv, chunk), p.kernel)
+            Piece(
+                _in_chunks(p.q, q_side.chunk), _in_chunks(p.kv, kv_side.chunk), p.kernel
+            )
             for p in pieces
         ),
-        tuple(_in_chunks(rows, chunk) for rows in _find_needs(pieces, length)),
+        tuple(
+            _in_chunks(rows, kv_side.chunk)
+            for rows in _find_needs(pieces, kv_side.length)
+        ),
+    )
+
+
+def _check_apart(keeps: Boolean, q: Side, kv: Side) -> None:
+    """Two sequences, one open: their chunk lengths can't be compared, nor positions.
+
+    What reads positions of one of them alone is affine in that one's chunk length.
+    """
+    if None not in (q.length, kv.length):
+        return
+    if not (q.layout.has_runs and kv.layout.has_runs) or _compares_positions(keeps):
+        msg = f"mask {keeps} on queries of {q} and keys of {kv}"
+        raise DependsOnLength(msg)
+
+
+@lru_cache(maxsize=1024)
+def _compares_positions(keeps: Boolean) -> bool:
+    """Whether an atom reads both positions, but within what captures decide."""
+    reads = filter(is_capture, keeps.atoms(sympy.Function))
+    nothing = dict.fromkeys(reads, sympy.S.Zero)
+    return any(
+        {Q, K} <= atom.lhs.xreplace(nothing).free_symbols
+        for atom in keeps.atoms(sympy.core.relational.Relational)
     )
 
 

@@ -16,6 +16,7 @@ from ringcompile.plan.backward import Communication, Phase, communications
 from ringcompile.plan.selection import selected_rows
 
 BATCH, KV_HEADS, LENGTH = sympy.symbols("B G S", positive=True, integer=True)
+"""Batches, KV heads and keys: KV travels, queries never do."""
 HEAD_SIZE, VALUE_SIZE = sympy.symbols("D E", positive=True, integer=True)
 ITEM_BYTES = sympy.Symbol("item_bytes", positive=True, integer=True)
 GRAD_BYTES = 4  # dKV travels as float32 whatever the model's dtype
@@ -46,9 +47,10 @@ def bytes_per_rank(schedule: Schedule) -> tuple[Traffic, ...]:
 
 def _bytes_of(schedule: Schedule, rank: int) -> Traffic:
     totals = dict.fromkeys(Phase, sympy.Integer(0))
-    chunk = LENGTH / schedule.layout.num_chunks
-    if schedule.length is not None:
-        chunk = sympy.Integer(schedule.layout.chunk_size(schedule.length))
+    side = schedule.kv_side
+    chunk = LENGTH / side.layout.num_chunks
+    if side.chunk is not None:
+        chunk = sympy.Integer(side.chunk)
     for hop in communications(schedule, rank):
         chunks, rows = count_sent_rows(schedule, hop, rank)
         totals[hop.phase] += chunks * chunk + sympy.Rational(rows)

@@ -104,6 +104,8 @@ def _format_passes(made: Rewritten) -> dict[str, str]:
 
 def _read_attentions(made: Rewritten, world_size: int) -> Iterator[AttentionReport]:
     """In the order of the graph."""
+    if not made.texts:  # it runs whole
+        return
     order = {line.split()[0].rstrip(":"): n for n, line in _lines(made.texts["shadow"])}
     found: list[tuple[Node, PlannedAttention | Refusal]] = [
         *((a.region.output, a) for a in made.attentions),
@@ -134,7 +136,7 @@ def _read_planned(
         mask=str(attention.region.mask),
         dropout=f"{attention.region.dropout:g}" if attention.region.dropout else "",
         pattern=pattern,
-        layout=str(attention.plan.schedule.layout) if is_cut else "",
+        layout=attention.plan.schedule.place if is_cut else "",
         reason=attention.reason if is_cut else "one rank: nothing to cut",
     )
 
@@ -189,7 +191,7 @@ def _read_schedules(made: Rewritten) -> Iterator[ScheduleReport]:
     groups: dict[tuple[Schedule, _Row, int], list[str]] = {}
     for attention in made.attentions:
         region = attention.region
-        length = size_hint(region.q.shape[2])
+        length = size_hint(region.k.shape[2])
         key = (attention.plan.schedule, _Row.of(region), length)
         name = find_place(region.output).module or region.output.name
         groups.setdefault(key, []).append(name)

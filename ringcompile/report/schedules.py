@@ -19,7 +19,7 @@ def read_steps(
         schedule: what all ranks do.
         kv_bytes: of one row of K and V, all batches and KV heads together.
         dkv_bytes: the same of their gradients.
-        length: tokens S.
+        length: keys: they travel, queries do not.
     """
     firsts = list(accumulate((len(p.steps) for p in schedule.parts), initial=0))
     sent = _count_rows(schedule, length)
@@ -40,7 +40,7 @@ def _count_rows(
     schedule: Schedule, length: int
 ) -> dict[tuple[Phase, int, int], list[Fraction]]:
     """Rows per KV head that each rank sends, by phase, step and part."""
-    chunk = schedule.layout.chunk_size(length)
+    chunk = schedule.kv_side.layout.chunk_size(length)
     sent: dict[tuple[Phase, int, int], list[Fraction]] = {}
     for rank in range(schedule.cp_size):
         for hop in communications(schedule, rank):

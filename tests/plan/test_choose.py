@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from ringcompile.ir.layout import LAYOUTS, Layout
+from ringcompile.ir.layout import LAYOUTS, Layout, Side
 from ringcompile.ir.mask import Mask, causal, chunked, documents, window
 from ringcompile.patterns import AttentionSpec, LocalWindow, LongNet
 from ringcompile.plan.choose import choose_layout
@@ -114,12 +114,13 @@ def test_pairs_are_counted_roughly(name: str, mask: Mask, expected: int) -> None
 def count_by_rank(name: str, mask: Mask) -> list[float]:
     """Pairs that each of four ranks computes, of 4,096 tokens."""
     layout, counted = Layout(name, 4), [0.0] * 4
+    side = Side(layout, 4_096)
     (part,) = build_schedule([(mask, None)], layout, 4_096).parts
     for step in part.steps:
         for rank, tile in enumerate(step.tiles):
             ranks = (rank, (rank - step.shift) % 4)
             for piece in tile.pieces:
-                counted[rank] += count_pairs(part, piece, layout, ranks, length=4_096)
+                counted[rank] += count_pairs(part, piece, side, side, ranks=ranks)
     return counted
 
 

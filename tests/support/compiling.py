@@ -89,7 +89,7 @@ class Record:
             if not g.what.startswith("output")
         ]
         self.masks += [str(a.region.mask) for a in made.attentions]
-        self.layouts += [str(a.plan.schedule.layout) for a in made.attentions]
+        self.layouts += [a.plan.schedule.place for a in made.attentions]
         self.text = made.texts.get("rewrite", "")
 
 

@@ -10,17 +10,21 @@ from ringcompile.ir.mask import EmptyRow, Mask
 
 
 def keeps(
-    mask: Mask, captures: Sequence[Tensor], shape: tuple[int, int, int]
+    mask: Mask,
+    captures: Sequence[Tensor],
+    shape: tuple[int, int, int],
+    keys: int | None = None,
 ) -> Tensor:
-    """The mask as a bool tensor ``(B, H, S, S)``."""
+    """The mask as a bool tensor ``(B, H, S, S)``, or of so many ``keys``."""
     B, H, S = shape
+    keys = keys or S
     at = (
         torch.arange(B).view(-1, 1, 1, 1),
         torch.arange(H).view(1, -1, 1, 1),
         torch.arange(S).view(1, 1, -1, 1),
-        torch.arange(S).view(1, 1, 1, -1),
+        torch.arange(keys).view(1, 1, 1, -1),
     )
-    return evaluate(mask.keeps, at, captures).expand(B, H, S, S)
+    return evaluate(mask.keeps, at, captures).expand(B, H, S, keys)
 
 
 def attend(

@@ -14,7 +14,7 @@ import ringcompile.lowering  # noqa: F401
 from ringcompile import ops
 from ringcompile.ir import mask as m
 from ringcompile.ir.attention import RankPlan
-from ringcompile.ir.layout import Layout
+from ringcompile.ir.layout import Layout, Side
 from ringcompile.ir.mask import EmptyRow, Mask
 from ringcompile.ir.schedule import MixedParts, Mixing, Selection
 from ringcompile.ir.text import format_plan
@@ -45,6 +45,8 @@ class Case:
         block_order: ``natural`` or ``hilbert``.
         level: of a hilbert layout.
         kernel: ``auto`` or ``math``.
+        keys: how many keys, of another sequence than the queries; None: their own.
+        key_layout: name of the layout of those.
     """
 
     mask: str
@@ -61,6 +63,20 @@ class Case:
     block_order: str = "natural"
     level: int | None = None
     kernel: str = "auto"
+    keys: int | None = None
+    key_layout: str = "contiguous"
+
+    @property
+    def num_keys(self) -> int:
+        """Rows of k and v."""
+        return self.keys or self.length
+
+    def sides(self, cp_size: int) -> tuple[Side, Side]:
+        """Where queries and keys lie."""
+        queries = Side(self.place(cp_size), self.length)
+        if self.keys is None:
+            return queries, queries
+        return queries, Side(Layout(self.key_layout, cp_size), self.keys)
 
     def place(self, cp_size: int) -> Layout:
         """The layout over so many ranks."""
@@ -72,8 +88,8 @@ class Case:
 
     @property
     def captures(self) -> list[Tensor]:
-        """What the mask reads, ``(B, S)`` each."""
-        S = self.length
+        """What the mask reads, ``(B, S)`` each, S the number of keys."""
+        S = self.num_keys
         documents = torch.stack([torch.arange(S) * 3 // S, torch.arange(S) * 5 // S])
         padding = torch.ones(2, S, dtype=torch.int64)
         padding[0, : S // 3] = 0  # left, as for generation
@@ -96,11 +112,10 @@ class Case:
         H, G, D, E = self.heads
         random = torch.Generator().manual_seed(0)
         sizes = [(H, D), (G, D), (G, E), (H, E)]
+        lengths = (self.length, self.num_keys, self.num_keys, self.length)
         q, k, v, grad = (
-            torch.randn(
-                2, heads, self.length, dim, generator=random, dtype=torch.double
-            )
-            for heads, dim in sizes
+            torch.randn(2, heads, rows, dim, generator=random, dtype=torch.double)
+            for (heads, dim), rows in zip(sizes, lengths, strict=True)
         )
         q, k, v, grad = (x.to(self.dtype) for x in (q, k, v, grad))
         return q, k, v, grad
@@ -116,7 +131,10 @@ class Case:
         """The attention of all rows, densely."""
         shape = (2, self.heads[0], self.length)
         by_part = torch.stack(
-            [dense.keeps(mask, self.captures, shape) for mask, _ in self.parts]
+            [
+                dense.keeps(mask, self.captures, shape, self.keys)
+                for mask, _ in self.parts
+            ]
         )
         if self.mixing.is_detached:
             return dense.attend_detached(q, k, v, by_part, SCALE)
@@ -179,8 +197,11 @@ def plan_text(case: Case, group: ProcessGroup, rank: int, *, timeout_s: float) -
     """The plan that the op carries on one rank."""
     length = None if case.any_length else case.length
     parts = MixedParts(tuple(case.parts), case.mixing)
-    layout = case.place(group.size())
-    schedule = build_schedule(parts, layout, length, num_stages=case.stages)
+    layout, keys = case.place(group.size()), None
+    if case.keys is not None:
+        (_, keys) = case.sides(group.size())
+        keys = replace(keys, length=None) if case.any_length else keys
+    schedule = build_schedule(parts, layout, length, num_stages=case.stages, keys=keys)
     return format_plan(
         RankPlan(
             index=3,
@@ -199,10 +220,18 @@ def plan_text(case: Case, group: ProcessGroup, rank: int, *, timeout_s: float) -
 
 def run_case(group: ProcessGroup, rank: int, case: Case) -> tuple[Tensor | None, ...]:
     """This rank's rows of out, dq, dk and dv."""
-    layout = case.place(group.size())
-    at = torch.tensor(layout.positions(rank, case.length))
-    is_real = at < case.length
-    own = [x[:, :, at.clamp(max=case.length - 1)] for x in case.tensors()]
+    places = []
+    for layout, length in (
+        (side.layout, side.length) for side in case.sides(group.size())
+    ):
+        assert length is not None
+        at = torch.tensor(layout.positions(rank, length))
+        places.append((at.clamp(max=length - 1), at < length))
+    (of_q, is_real), (of_kv, is_real_key) = places
+    own = [
+        x[:, :, at]
+        for x, at in zip(case.tensors(), (of_q, of_kv, of_kv, of_q), strict=True)
+    ]
     *inputs, grad = own
     for x, needed in zip(inputs, case.needs_grad, strict=True):
         x.requires_grad_(needed)
@@ -211,7 +240,11 @@ def run_case(group: ProcessGroup, rank: int, case: Case) -> tuple[Tensor | None,
     if any(case.needs_grad):
         out.backward(grad * is_real[:, None])  # a pad's cotangent is zero
     results = (out.detach(), *(x.grad for x in inputs))
-    return tuple(None if x is None else x[:, :, is_real] for x in results)
+    real = (is_real, is_real, is_real_key, is_real_key)
+    return tuple(
+        None if x is None else x[:, :, rows]
+        for x, rows in zip(results, real, strict=True)
+    )
 
 
 def run_inference(group: ProcessGroup, rank: int, case: Case) -> Tensor:
@@ -255,9 +288,12 @@ def run_cases(
     return [run_case(group, rank, case) for case in cases]
 
 
-def join(case: Case, shards: Iterable[Tensor | None]) -> Tensor:
+def join(
+    case: Case, shards: Iterable[Tensor | None], *, of_keys: bool = False
+) -> Tensor:
     """All rows in the user's order, from each rank's real ones."""
     found = [x for x in shards if x is not None]
-    layout = case.place(len(found))
-    order = [p for p in layout.permutation(case.length) if p < case.length]
+    side = case.sides(len(found))[of_keys]
+    assert side.length is not None
+    order = [p for p in side.layout.permutation(side.length) if p < side.length]
     return torch.cat(found, 2)[:, :, torch.tensor(order).argsort()]
