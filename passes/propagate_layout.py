@@ -303,12 +303,19 @@ class _Decider:
             placement = places[0] if len(places) == 1 else None
             return Decision(placement, tuple(current), flow)
         if any(current) or is_float(op.node):
-            can_be_cut = flow is not None and not is_complex(op.node)
+            # Complex values are not sent, so none is cut.
+            can_be_cut = not any(map(is_complex, (op.node, *op.slots)))
             local = self._find_local(op, flow) if can_be_cut and flow else None
             if local is not None:
                 return local
         if not any(current) or op.packet in SIZE_READERS:
             return Decision(None, tuple(current))
+        return self._decide_mixing(op, current, flow)
+
+    def _decide_mixing(
+        self, op: Op, current: list[Placement], flow: Flow | None
+    ) -> Decision:
+        """An op of sharded operands that is not local: a part, a sum, or gathered."""
         window = self._find_window(op, current)
         if window is not None:
             return Decision(window, tuple(current), collector=WINDOW)
