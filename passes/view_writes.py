@@ -93,6 +93,8 @@ def _write_value(write: _Write) -> Node | None:
         if target.overloadpacket in (aten.copy_, aten.fill_) and len(op.slots) > 1:
             source = op.slots[1]
             cast = _call(aten.to.dtype, (source, value.dtype), like=node)
+            if any(isinstance(size, torch.SymInt) for size in value.shape):
+                return _call(aten.expand_as.default, (cast, view), like=node)
             return _call(aten.expand.default, (cast, [*value.shape]), like=node)
         if target.overloadpacket in (aten.fill_, aten.zero_):
             number = op.args.get("value", 0)
