@@ -42,6 +42,8 @@ from ringcompile.lowering.tiles.pieces import (
     piece_gradients,
 )
 
+_T = TypeVar("_T")
+
 
 def ring_attention(  # noqa: PLR0913 - the op's schema
     q: Tensor,
@@ -76,7 +78,7 @@ def ring_attention(  # noqa: PLR0913 - the op's schema
         divisor = read_plan(plan).schedule.mixing.divisor
         out = out if divisor == 1 else out / divisor
         lse = lse if sinks is None else None
-        return fill_empty_rows(out, lse, (q, k, v), plan=read_plan(plan))
+        return fill_empty_rows(out, lse, (q, k, v), biases, plan=read_plan(plan))
 
 
 ops.LIBRARY.impl("ring_attention", ring_attention, "CompositeImplicitAutograd")
@@ -104,12 +106,13 @@ class _Ring(torch.autograd.Function):
                 own_outs.append(out.to(q.dtype))
             return part.queries.place((out, lse))[1]
 
-        biases = read_biases(plan, tensors, [False] * len(tensors))
+        level = find_level(plan, tensors)
+        biases = read_biases(plan, tensors, level)
         parts = build_program(plan_text, q, k, captures, biases)
         out, lse = reduce(_merge, map(attend, parts))
         if sinks is not None:
             assert not own_outs, "detached weights say nothing of a sink's"
-            scores = sink_scores(sinks, find_level(plan, tensors), lse)
+            scores = sink_scores(sinks, level, lse)
             out, lse = add_sinks(out, lse, scores)
         # Saved, and in this order, hops are not replayed under checkpointing: lse has
         # no reader in forward and would be recomputed, ring and all (FACTS.md 2.3).
@@ -139,12 +142,13 @@ class _Ring(torch.autograd.Function):
         hops = _hops_of(ctx.plan_text, after=[grad_out])
         lse = torch.where(lse == -torch.inf, torch.inf, lse)
         shard = _Shard(grad_out.contiguous(), q, k, v, lse)
-        biases = read_biases(plan, tensors, learned)
+        level = find_level(plan, tensors)
+        biases = read_biases(plan, tensors, level, learned)
         parts = build_program(ctx.plan_text, q, k, captures, biases)
         of_blocks = None if ctx.num_blocks is None else BlockSums(ctx.num_blocks)
         d_sinks = None
         if ctx.needs_input_grad[5]:
-            scores = sink_scores(sinks, find_level(plan, tensors), lse)
+            scores = sink_scores(sinks, level, lse)
             d_sinks = sink_gradient(grad_out, outs[0], lse, scores).to(sinks.dtype)
         if not plan.schedule.mixing.is_detached:
             outs = [part.queries.take(outs[0]) for part in parts]
@@ -171,9 +175,6 @@ class _Ring(torch.autograd.Function):
         )
         d_captures = (None for _ in captures)
         return None, d_shares, dq, dk, dv, d_sinks, *d_biases, *d_captures
-
-
-_T = TypeVar("_T")
 
 
 def _split(plan: RankPlan, rest: Sequence[_T]) -> tuple[list[_T], list[_T]]:

@@ -52,29 +52,12 @@ class PartBias:
         return replace(self, tensor=x, is_spread=is_spread)
 
 
-def read_biases(
-    plan: RankPlan, biases: Sequence[Tensor], learned: Sequence[bool]
-) -> tuple[PartBias, ...]:
-    """All that is added to capped scores.
-
-    Args:
-        plan: says how.
-        biases: of all the rank's queries.
-        learned: which of them want a gradient.
-    """
-    added = [PartBias(*each) for each in zip(biases, plan.biases, learned, strict=True)]
-    level = find_level(plan, biases)
-    if level is not None:
-        added.append(PartBias(-level, Bias(is_cut=True)))
-    return tuple(added)
-
-
 def find_level(plan: RankPlan, biases: Sequence[Tensor]) -> Tensor | None:
-    """What is taken off all scores of a query: the largest of its biases.
+    """What is taken off all scores of a query: the largest bias of its row.
 
     A softmax does not change by it. Without it a query all of whose keys are hidden by
-    a bias of ``finfo.min`` has an lse of ``finfo.min`` too, which the number of the
-    keys is lost from.
+    a bias of ``finfo.min`` has an lse of ``finfo.min`` too, in which their number is
+    lost; it still is where only biases without rows of queries hide them.
 
     Returns:
         ``(B or 1, H or 1, T, 1)``; None if no bias has rows of queries.
@@ -87,6 +70,27 @@ def find_level(plan: RankPlan, biases: Sequence[Tensor]) -> Tensor | None:
     for top in tops[1:]:
         level = level + top
     return torch.where(level.isfinite(), level, 0.0)
+
+
+def read_biases(
+    plan: RankPlan,
+    biases: Sequence[Tensor],
+    level: Tensor | None,
+    learned: Sequence[bool] = (),
+) -> tuple[PartBias, ...]:
+    """All that is added to capped scores.
+
+    Args:
+        plan: says how.
+        biases: of all the rank's queries.
+        level: what is taken off; None: nothing.
+        learned: which of them want a gradient; none if it is left out.
+    """
+    learned = learned or [False] * len(biases)
+    added = [PartBias(*each) for each in zip(biases, plan.biases, learned, strict=True)]
+    if level is not None:
+        added.append(PartBias(-level, Bias(is_cut=True)))
+    return tuple(added)
 
 
 # ---- sinks ---------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def _read_sdpa(reader: Reader, op: Op) -> Parts:
     lead = shape_of(op.node)[:-2]
     heads = 1
     if len(lead) == 1:
-        heads = find_heads(q, Grid.of(lead))
+        heads = find_heads((q, k, v), lead)
     grid = Grid.of(lead, heads)
     rows = tuple(
         Rows.of(x, _read_lead(op, x, grid), transposed=False) for x in (q, k, v)

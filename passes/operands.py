@@ -234,18 +234,28 @@ def _is_widened(op: Op) -> bool:
     return before != after == torch.promote_types(before, after)
 
 
-def find_heads(node: Node, grid: Grid) -> int:
-    """H, where the batch of a node is a view of ``(B, H)``; 1 if it is not."""
+def find_heads(nodes: Sequence[Node], lead: Sequence[Size]) -> int:
+    """H, where the one leading dim of Q, K or V is B and H laid end to end; else 1."""
+    grid = Grid.of(lead)
+    return next((n for node in nodes if (n := _find_heads(node, grid)) > 1), 1)
+
+
+def _find_heads(node: Node, grid: Grid) -> int:
     op, index = read_op(node), [*map(index_symbol, range(len(shape_of(node))))]
-    while op is not None and read_index_map(op) is not None:
+    while op is not None and op.slots and _keeps_places(op):
         slot = op.slots[0]
         index = climb(op, slot, index, grid)
         for e in index:
-            for term in e.atoms(sympy.floor, sympy.Mod):
-                if term.free_symbols == {BATCH} and isinstance(term, sympy.Mod):
-                    return int(term.args[1])
+            if isinstance(e, sympy.Mod) and e.args[0] == BATCH:
+                return int(e.args[1])
         op = read_op(slot)
     return 1
+
+
+def _keeps_places(op: Op) -> bool:
+    if read_index_map(op) is not None:
+        return True
+    return torch.Tag.pointwise in op.overload.tags or op.packet in CASTS
 
 
 # ---- which dims are sequences --------------------------------------------------------

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import SymInt, nn
@@ -23,13 +23,19 @@ from ringcompile.ir.reshard import ReshardSpec, format_spec
 from ringcompile.ir.schedule import PartSpec, Schedule
 from ringcompile.ir.text import format_plan
 from ringcompile.mesh import Ranks
+from ringcompile.passes.autocast import spell_autocast
 from ringcompile.passes.caches import CACHE_ADVICE, find_cache_outputs
 from ringcompile.passes.canonicalize import canonicalize
 from ringcompile.passes.choose_pattern import choose_patterns
 from ringcompile.passes.emitter import AxisLayout
 from ringcompile.passes.find_attention import find_attention
 from ringcompile.passes.op import read_op
-from ringcompile.passes.propagate_layout import Placements, propagate_layout
+from ringcompile.passes.propagate_layout import (
+    Axis,
+    Placements,
+    Window,
+    propagate_layout,
+)
 from ringcompile.passes.raise_attention import raise_attention
 from ringcompile.passes.read_added import is_cut
 from ringcompile.passes.regions import Refusal, Region
@@ -129,14 +135,9 @@ def run_passes(
     with without_saved_tensor_hooks():
         made = Rewritten(trace_shadow(gm, example_inputs))
     _note(made, "shadow")
-    with observe_pass(made.gm, "canonicalize"):
-        canonicalize(made.gm)
     made.draws = any(_draws(node) for node in made.gm.graph.nodes)
-    with observe_pass(made.gm, "find_attention"):
-        found = find_attention(made.gm)
-    made.refusals = tuple(f for f in found if isinstance(f, Refusal))
+    regions = _find_regions(made)
     _refuse(made.refusals, options)
-    regions = tuple(f for f in found if isinstance(f, Region))
     if not regions:
         return made
     chosen = choose_patterns(regions, made.refusals, options)
@@ -174,6 +175,17 @@ def run_passes(
 
 def _find_cross(calls: dict[Node, Region]) -> frozenset[Node]:
     return frozenset(node for node, region in calls.items() if region.is_cross)
+
+
+def _find_regions(made: Rewritten) -> tuple[Region, ...]:
+    """The attentions that become rings; the others are noted as refused."""
+    with observe_pass(made.gm, "canonicalize"):
+        spell_autocast(made.gm)
+        canonicalize(made.gm)
+    with observe_pass(made.gm, "find_attention"):
+        found = find_attention(made.gm)
+    made.refusals = tuple(f for f in found if isinstance(f, Refusal))
+    return tuple(f for f in found if isinstance(f, Region))
 
 
 def _run_whole(opaque: Node, options: RingOptions) -> str:
@@ -288,6 +300,9 @@ class _Planner:
     ) -> tuple[AxisLayout, ...]:
         """Fix layout and padding of every axis."""
         for number, axis in enumerate(placements.axes):
+            if axis.window is not None:
+                self._lay_out_part(axis, axis.window)
+                continue
             on_axis = [
                 attentions[node]
                 for node, on in placements.attention_axes.items()
@@ -322,6 +337,22 @@ class _Planner:
             side, parts = Side(layout, size), attentions[node].build_parts(size)
             sides = (None, side) if axes[0] == number else (side, None)
             yield Crossing(tuple(parts), *sides)
+
+    def _lay_out_part(self, axis: Axis, window: Window) -> None:
+        """A part of an axis lies where it does there."""
+        outer = self._axes[window.axis]
+        length = axis.length
+        if isinstance(outer.length, int):
+            length = int(length)
+        part = replace(
+            outer,
+            length=length,
+            padded=True,
+            window=window,
+            rows=outer.shard_size,
+        )
+        self._axes.append(part)
+        self._reasons.append("a part of another sequence, on the same ranks")
 
     def _choose(
         self,

@@ -19,6 +19,7 @@ from torch.fx import Graph, Node
 from ringcompile.errors import ShardingError
 from ringcompile.ops import RING_ATTENTION
 from ringcompile.passes.collectors import Collector, find_collector
+from ringcompile.passes.collectors.windows import SLICES, WINDOW, find_start
 from ringcompile.passes.dims import Dim, Dims, Factors, Size
 from ringcompile.passes.memory import find_base, find_written, writes_memory
 from ringcompile.passes.op import (
@@ -60,16 +61,31 @@ Placement = Shard | None
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """Neighbouring positions of another axis, on the ranks that hold them there.
+
+    Attributes:
+        axis: number of that axis.
+        start: the position there of the first one.
+    """
+
+    axis: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
 class Axis:
     """One sequence that is cut over the ranks.
 
     Attributes:
         factor: the factor that names it.
         length: tokens S, possibly symbolic.
+        window: where it lies, if it is a part of another.
     """
 
     factor: int
     length: Size
+    window: Window | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +149,7 @@ def propagate_layout(
     decide = _Decider(ops, dims, flows, factors, axes, attention_axes)
     for node in graph.nodes:
         decide(node)
-    return Placements(axes, decide.decisions, attention_axes)
+    return Placements(tuple(decide.axes), decide.decisions, attention_axes)
 
 
 def _find_dims(
@@ -256,11 +272,11 @@ class _Decider:
         attention_axes: dict[Node, tuple[int, int]],
     ) -> None:
         self.decisions: dict[Node, Decision] = {}
+        self.axes = list(axes)
         self._ops = ops
         self._dims = dims
         self._flows = flows
         self._factors = factors
-        self._axes = axes
         self._attention_axes = attention_axes
 
     def __call__(self, node: Node) -> None:
@@ -287,12 +303,22 @@ class _Decider:
             placement = places[0] if len(places) == 1 else None
             return Decision(placement, tuple(current), flow)
         if any(current) or is_float(op.node):
-            can_be_cut = flow is not None and not is_complex(op.node)
+            # Complex values are not sent, so none is cut.
+            can_be_cut = not any(map(is_complex, (op.node, *op.slots)))
             local = self._find_local(op, flow) if can_be_cut and flow else None
             if local is not None:
                 return local
         if not any(current) or op.packet in SIZE_READERS:
             return Decision(None, tuple(current))
+        return self._decide_mixing(op, current, flow)
+
+    def _decide_mixing(
+        self, op: Op, current: list[Placement], flow: Flow | None
+    ) -> Decision:
+        """An op of sharded operands that is not local: a part, a sum, or gathered."""
+        window = self._find_window(op, current)
+        if window is not None:
+            return Decision(window, tuple(current), collector=WINDOW)
         collector = find_collector(op, current)
         if collector is not None:
             operands = collector.operands(op, current)
@@ -336,6 +362,26 @@ class _Decider:
             return None
         return Decision(result, tuple(operands), flow)
 
+    def _find_window(self, op: Op, current: list[Placement]) -> Shard | None:
+        """Where a slice lies, if it can stay on the rows that it has."""
+        shard = current[0]
+        if op.packet not in SLICES or shard is None or not WINDOW.accepts(op, current):
+            return None
+        factor = self._dims[op.node][shard.dim]
+        start = find_start(op)
+        if len(factor) != 1 or start is None:
+            return None
+        window = Window(shard.axis, start)
+        if (outer := self.axes[shard.axis].window) is not None:
+            window = Window(outer.axis, outer.start + start)
+        name = self._factors.find(factor[0])
+        for number, axis in enumerate(self.axes):
+            if self._factors.find(axis.factor) == name:
+                same = axis.window == window
+                return Shard(number, shard.dim) if same else None
+        self.axes.append(Axis(name, shape_of(op.node)[shard.dim], window))
+        return Shard(len(self.axes) - 1, shard.dim)
+
     def _align(
         self, node: Node, linked: Iterable[int], result_node: Node, result: Shard
     ) -> Placement:
@@ -348,7 +394,7 @@ class _Decider:
 
     def _places(self, dims: Dims) -> list[Shard]:
         found = []
-        for number, axis in enumerate(self._axes):
+        for number, axis in enumerate(self.axes):
             for d, i in self._factors.place_of(dims, axis.factor):
                 outer, inner = self._sides(dims[d], i)
                 found.append(Shard(number, d, outer, inner))

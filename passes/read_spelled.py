@@ -169,8 +169,8 @@ def _find_grid(spelled: Spelled, output: Node) -> Grid:
         is_split = len(heads) == 1 and isinstance(heads[0], int)
         if is_split and sizes_equal(batch * heads[0], lead[0]):
             return Grid.of(lead, heads[0])
-    product = _op(spelled.way_down[0])
-    return Grid.of(lead, find_heads(product.slots[-2], Grid.of(lead)))
+    operands = [*_op(spelled.way_down[0]).slots[-2:], *_op(output).slots]
+    return Grid.of(lead, find_heads(operands, lead))
 
 
 def _climb_to_softmax(spelled: Spelled, result: _Result) -> Sequence[Expr]:

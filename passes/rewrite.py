@@ -173,6 +173,7 @@ class _Writer:
             return decision.collector.emit(emit, op, operands)
         emit.name_after(node)
         if node.target is RING_ATTENTION:
+            self._note_moves(op, decision)
             args = op.with_slots(operands) | {"plan": self._plans[node]}
             return emit.call_op(op, self._map_sizes(args))
         written = self._write_local(op, decision, operands)
@@ -213,6 +214,18 @@ class _Writer:
             return self._emit.env[node]
         return self._emit.operand(node, None, by_shards=False)
 
+    def _note_moves(self, op: Op, decision: Decision) -> None:
+        """A Q, K or V that was cut along another sequence is made whole on the way."""
+        for operand, wanted in zip(op.slots, decision.operands, strict=True):
+            if self._decisions[operand].placement not in (None, wanted):
+                because = "it is cut along another sequence than attention takes it for"
+                size = _bytes(operand)
+                self.gathered.append(
+                    Gathered(
+                        where(op.node), op.node.name, str(op.packet), size, because
+                    )
+                )
+
     def _note_gathers(self, user: Node, because: str) -> None:
         op = read_op(user)
         what = str(user.target if op is None else op.packet)
@@ -241,11 +254,15 @@ class _Writer:
         def result(node: Node) -> Node:
             nonlocal number
             number += 1
-            sharded = self._decisions[node].placement is not None
-            if not (sharded and self._sharding.gathers_outputs):
+            shard = self._decisions[node].placement
+            if shard is None:
                 return self._emit.env[node]
-            what = f"output {number - 1}"
             because = 'outputs="gathered"'
+            if not self._sharding.gathers_outputs:
+                if not self._emit.is_part(shard):
+                    return self._emit.env[node]
+                because = "a part of the sequence has no shards of its own"
+            what = f"output {number - 1}"
             made_at = where(node)
             self.gathered.append(
                 Gathered(made_at, node.name, what, _bytes(node), because)

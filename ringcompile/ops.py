@@ -12,7 +12,8 @@ from torch import SymInt, Tensor
 LIBRARY = torch.library.Library("ringcompile", "DEF")
 
 # Schemas end with a semicolon; the grammar has no comments, so here is the glossary.
-#   ring_attention  attention of local shards. `captures` are full and replicated,
+#   ring_attention  attention of local shards; k and v may be of another sequence than
+#                   q, of other lengths and layout. `captures` are full and replicated,
 #                   `biases` are as the plan says, `sinks` (H,) are scores of one more
 #                   key per head, whose value is 0. `plan` is `ir.text.format_plan` of
 #                   a `RankPlan`.
@@ -20,6 +21,8 @@ LIBRARY = torch.library.Library("ringcompile", "DEF")
 #                   is `ir.reshard.format_spec` of a `ReshardSpec`. The cut dim may be a
 #                   flattening [outer, length, inner]; pads copy the last position, or
 #                   are `fill`.
+#   find_kept       which elements dropout keeps, by a hash of a seed and of where they
+#                   stand: `at` are indices that broadcast against each other.
 #   hop, all_gather, all_reduce  start communication, `_c10d_functional.wait_tensor`
 #                   ends it. `deps` only order; dst or src = -1: no peer, no rows.
 #   keep, touch     copies of x that make `deps` needed; `keep` is saved for backward.
@@ -53,6 +56,8 @@ gather(Tensor x, int dim, SymInt length, SymInt outer=1, SymInt inner=1, *,
 reduce(Tensor x, *, str spec) -> Tensor;
 spread(Tensor[] xs, *, str spec) -> Tensor[];
 scale_grad(Tensor x, float factor) -> Tensor;
+
+find_kept(Tensor seed, Tensor[] at, float rate) -> Tensor;
 
 hop(Tensor[] payload, Tensor[] deps, int dst, int src, SymInt[] recv_rows, int tag,
     str group_name, float timeout_s) -> Tensor[];
@@ -92,6 +97,7 @@ GATHER = _OPS.gather.default
 REDUCE = _OPS.reduce.default
 SPREAD = _OPS.spread.default
 SCALE_GRAD = _OPS.scale_grad.default
+FIND_KEPT = _OPS.find_kept.default
 HOP = _OPS.hop.default
 ALL_GATHER = _OPS.all_gather.default
 ALL_REDUCE = _OPS.all_reduce.default

@@ -15,7 +15,7 @@ from ringcompile.ir.evaluate import evaluate
 from ringcompile.ir.mask import TRUE, EmptyRow, Mask
 
 
-def attention(
+def attention(  # noqa: PLR0913 - all that changes scores
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -23,23 +23,37 @@ def attention(
     mask: Mask | Boolean = TRUE,
     captures: Sequence[Tensor] = (),
     scale: float | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Exact attention (section 1).
 
     Args:
         q: ``(B, H, S, D)``.
-        k: ``(B, G, S, D)``; H is a multiple of G.
+        k: ``(B, G, S, D)``; H is a multiple of G. S may be another than that of ``q``.
         v: ``(B, G, S, E)``.
         mask: the pairs that count, and what a row without a key gives.
         captures: what the mask reads.
         scale: factor of ``<Q, K>``; None for ``D ** -0.5``.
+        softcap: scaled scores x become ``softcap * tanh(x / softcap)``; None: they
+            stay.
+        bias: then added, broadcast to ``(B, H, S, S)``; -inf drops a pair.
+        sinks: ``(H,)``, the score of one more key per head, whose value is 0.
 
     Returns:
         float64 ``(B, H, S, E)``.
     """
     empty_row = mask.empty_row if isinstance(mask, Mask) else EmptyRow.ZERO
-    kept = kept_pairs(mask, q, captures)
+    kept = kept_pairs(mask, q, captures, num_keys=k.shape[2])
     scores = _scores(q, k, scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        kept = kept & (bias != -torch.inf)
+        scores = scores + torch.where(bias == -torch.inf, 0.0, bias.double())
+    if sinks is not None:
+        return _mix_with_sinks(scores, kept, _per_query_head(v, q), sinks)
     out = _mix(scores, kept.double(), _per_query_head(v, q))
     some = kept.any(-1, keepdim=True)
     if empty_row is EmptyRow.NAN:
@@ -61,7 +75,7 @@ def log_sum_exp(
     scale: float | None = None,
 ) -> Tensor:
     """Natural log of the softmax denominator, ``(B, H, S)``; -inf without a key."""
-    kept = kept_pairs(mask, q, captures)
+    kept = kept_pairs(mask, q, captures, num_keys=k.shape[2])
     return _scores(q, k, scale).masked_fill(~kept, -torch.inf).logsumexp(-1)
 
 
@@ -181,18 +195,23 @@ def chosen_blocks(  # noqa: PLR0913 - the pattern's own parameters
 
 
 def kept_pairs(
-    mask: Mask | Boolean, q: Tensor, captures: Sequence[Tensor] = ()
+    mask: Mask | Boolean,
+    q: Tensor,
+    captures: Sequence[Tensor] = (),
+    *,
+    num_keys: int | None = None,
 ) -> Tensor:
-    """A mask as bool ``(B, H, S, S)``, for ``q`` of ``(B, H, S, D)``."""
+    """A mask as bool ``(B, H, S, keys)``, for ``q`` of ``(B, H, S, D)``; S keys."""
     B, H, S, _ = q.shape
+    num_keys = S if num_keys is None else num_keys
     at = (
         torch.arange(B).view(-1, 1, 1, 1),
         torch.arange(H).view(1, -1, 1, 1),
         torch.arange(S).view(1, 1, -1, 1),
-        torch.arange(S).view(1, 1, 1, -1),
+        torch.arange(num_keys).view(1, 1, 1, -1),
     )
     keeps = mask.keeps if isinstance(mask, Mask) else mask
-    return evaluate(keeps, at, captures).expand(B, H, S, S)
+    return evaluate(keeps, at, captures).expand(B, H, S, num_keys)
 
 
 def _longnet_pairs(
@@ -226,6 +245,16 @@ def _mix(scores: Tensor, counts: Tensor, values: Tensor) -> Tensor:
     # In rows without a key any finite scores do: autograd of all -inf would be NaN.
     log_counts = torch.where(some, counts.log(), 0.0)
     return (scores + log_counts).softmax(-1) @ values * some
+
+
+def _mix_with_sinks(
+    scores: Tensor, kept: Tensor, values: Tensor, sinks: Tensor
+) -> Tensor:
+    """The same with a last key that every query has."""
+    last = sinks.double().view(1, -1, 1, 1).expand_as(scores[..., :1])
+    counts = torch.cat([kept, torch.ones_like(kept[..., :1])], -1).double()
+    values = torch.cat([values, torch.zeros_like(values[:, :, :1])], 2)
+    return _mix(torch.cat([scores, last], -1), counts, values)
 
 
 def _denominator(scores: Tensor, counts: Tensor) -> Tensor:

@@ -28,13 +28,13 @@ __all__ = ["Work"]  # the rest is defined here
 SET_GRAD_ENABLED = torch._C._set_grad_enabled  # noqa: SLF001
 """The call by which a graph turns gradients on and off."""
 
-AUTOCAST_CALLS = frozenset(
-    {
-        torch.amp.autocast_mode._enter_autocast,  # noqa: SLF001
-        torch.amp.autocast_mode._exit_autocast,  # noqa: SLF001
-    }
-)
-"""The calls by which a graph enters and leaves autocast."""
+ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast  # noqa: SLF001
+"""The call by which a graph enters autocast."""
+
+EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast  # noqa: SLF001
+"""The call by which it leaves what that returned."""
+
+AUTOCAST_CALLS = frozenset({ENTER_AUTOCAST, EXIT_AUTOCAST})
 
 WAIT_TENSOR = torch.ops._c10d_functional.wait_tensor.default  # noqa: SLF001
 """The op that ends communication."""

@@ -7,7 +7,16 @@ outlives its op.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ringcompile.passes.collectors import extremes, losses, moments, products, sums
+from ringcompile.passes.collectors import (
+    draws,
+    extremes,
+    losses,
+    moments,
+    norms,
+    products,
+    rows,
+    sums,
+)
 from ringcompile.passes.collectors.base import Collector
 from ringcompile.passes.op import Op
 
@@ -20,6 +29,9 @@ _COLLECTORS: dict[Any, tuple[Collector, ...]] = {
     **moments.COLLECTORS,
     **products.COLLECTORS,
     **losses.COLLECTORS,
+    **draws.COLLECTORS,
+    **norms.COLLECTORS,
+    **rows.COLLECTORS,
 }
 
 

@@ -44,7 +44,9 @@ class _ClassLoss(Collector):
         shard = emitter.shard_of(op.slots[0])
         target = emitter.env[op.slots[1]]
         ignored = op.args["ignore_index"]
-        operands[1] = emitter.cut(target, _without_classes(shard), fill=ignored)
+        operands[1] = emitter.cut(
+            target, _without_classes(shard), rank=op.rank(1), fill=ignored
+        )
         args = op.with_slots(operands) | {"reduction": SUM}
         total = emitter.reduce(emitter.call_op(op, args))
         if op.args["reduction"] == SUM:

@@ -1,5 +1,7 @@
 """Ops that compute each element alone, operands broadcast against each other."""
 
+from dataclasses import replace
+
 import torch
 
 from ringcompile.passes.dims import Dims, Factors
@@ -31,10 +33,10 @@ def broadcast(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
 
 
 def dropout(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
-    """Dropout that drops nothing is the identity; any other is no rule's."""
-    if op.args["p"] == 0 or not op.args["train"]:
-        return broadcast(op, factors, operands)
-    return None
+    """Dropout that drops nothing is the identity; any other must know its place."""
+    flow = broadcast(op, factors, operands)
+    drops = op.args["p"] != 0 and op.args["train"]
+    return replace(flow, links=frozenset()) if drops and flow else flow
 
 
 def prelu(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:

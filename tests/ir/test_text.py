@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.masks import layouts, masks
 
 from ringcompile.ir.attention import RankPlan
-from ringcompile.ir.layout import Layout
+from ringcompile.ir.layout import Layout, Side
 from ringcompile.ir.mask import EmptyRow, Mask, Q, at_least_zero, causal, documents
 from ringcompile.ir.schedule import MixedParts, Mixing, Schedule, Selection
 from ringcompile.ir.text import (
@@ -68,6 +68,16 @@ def test_a_mask_comes_back_from_its_text(mask: Mask, empty_row: EmptyRow) -> Non
 def test_schedules_for_any_length_come_back() -> None:
     for name in ("contiguous", "zigzag", "striped"):
         schedule = build_schedule([(Mask(causal()), None)], Layout(name, 3), None)
+        assert parse_schedule(format_schedule(schedule)) == schedule
+
+
+def test_keys_of_another_sequence_come_back() -> None:
+    for length, keys in ((None, None), (7, None), (None, 9), (7, 9)):
+        side = Side(Layout("zigzag", 3), keys)
+        schedule = build_schedule(
+            [(Mask(), None)], Layout("striped", 3), length, keys=side
+        )
+        assert schedule.keys == side
         assert parse_schedule(format_schedule(schedule)) == schedule
 
 

@@ -378,12 +378,15 @@ def test_reductions_link_nothing_along_what_they_sum() -> None:
     assert all(link.operand_dim != 1 for link in flow.links)
 
 
-def test_random_ops_have_no_rule() -> None:
+def test_random_ops_are_not_local() -> None:
     gm, _ = _trace(Case("dropout", lambda x: F.dropout(x, 0.5), (X,), 0))
     op = _last_op(gm)
     rule = find_rule(op)
     assert rule is not None
-    assert rule(op, Factors(), [((0,), (1,), (2,))]) is None
+    factors = Factors()
+    flow = rule(op, factors, [factors.new_dims(X)])
+    assert flow is not None
+    assert not flow.links
     gm, _ = _trace(Case("rand", torch.rand_like, (X,), 0))
     assert find_rule(_last_op(gm)) is None
 

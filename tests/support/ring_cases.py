@@ -255,7 +255,9 @@ def run_inference(group: ProcessGroup, rank: int, case: Case) -> Tensor:
     return out
 
 
-def compile_ring(plan: str, case: Case) -> Callable[..., Tensor]:
+def compile_ring(
+    plan: str, case: Case, *, dynamic: bool | None = None
+) -> Callable[..., Tensor]:
     """The ring op as a function of q, k, v, captures, and of biases and sinks if any."""
 
     def attend(
@@ -275,7 +277,7 @@ def compile_ring(plan: str, case: Case) -> Callable[..., Tensor]:
         return attend
     torch.compiler.reset()  # Dynamo counts what it compiled by code object
     backend = "aot_eager" if case.compile == "aot_eager" else _inductor
-    return torch.compile(attend, backend=backend, fullgraph=True)
+    return torch.compile(attend, backend=backend, fullgraph=True, dynamic=dynamic)
 
 
 def _inductor(gm: GraphModule, example_inputs: list[Tensor]) -> Callable[..., object]:

@@ -4,9 +4,11 @@ The reference is written from what a bias, a softcap and a sink mean, dense, in 
 and differentiated by autograd.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from ringcompile.ir.text import format_plan, parse_plan
 from ringcompile.lowering.tiles.dropout import find_kept
 from support import dense
 from support.ring_cases import SCALE, Case, compile_ring, join, plan_text
+
+_T = TypeVar("_T")
 
 B = 2
 SEED = 11
@@ -94,6 +98,7 @@ class ScoreCase:
         dropout: of weights.
         bias_dtype: of biases and sinks; None: that of q.
         is_checkpointed: whether backward runs it again.
+        reads_empty: whether rows without a key have a gradient under ``MEAN_ALL``.
     """
 
     base: Case = field(default_factory=lambda: Case("causal"))
@@ -103,11 +108,22 @@ class ScoreCase:
     dropout: float = 0.0
     bias_dtype: torch.dtype | None = None
     is_checkpointed: bool = False
+    reads_empty: bool = False
 
     @property
     def kinds(self) -> list[Kind]:
         """Of each bias."""
         return [KINDS[name] for name in self.biases]
+
+    def needed(self, xs: list[_T]) -> list[_T]:
+        """Of those for q, k and v the ones that have a gradient."""
+        return list(itertools.compress(xs, self.base.needs_grad))
+
+    @property
+    def is_cut(self) -> list[bool]:
+        """Which of ``expected`` have rows of tokens."""
+        learned = [kind.traits.is_cut for kind in self.kinds if kind.is_learned]
+        return [True, *self.needed([True] * 3), *learned, *[False] * self.has_sinks]
 
     @property
     def names(self) -> list[str]:
@@ -117,7 +133,12 @@ class ScoreCase:
             for name, kind in zip(self.biases, self.kinds, strict=True)
             if kind.is_learned
         ]
-        return ["out", "dq", "dk", "dv", *learned, *["d_sinks"] * self.has_sinks]
+        return [
+            "out",
+            *self.needed(["dq", "dk", "dv"]),
+            *learned,
+            *["d_sinks"] * self.has_sinks,
+        ]
 
     def scores(self) -> tuple[list[Tensor], Tensor | None]:
         """Biases of all rows, and sinks, rounded to their dtype."""
@@ -131,16 +152,29 @@ class ScoreCase:
         biases = [kind.change(draw(*kind.shape(H, S))).to(dtype) for kind in self.kinds]
         return biases, draw(H).to(dtype) if self.has_sinks else None
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v and the gradient of the output, 0 where it is not passed on."""
+        q, k, v, grad = self.base.tensors()
+        if self.base.empty is EmptyRow.MEAN_ALL and not self.reads_empty:
+            grad = torch.where(self._counts().any(-1, keepdim=True), grad, 0)
+        return q, k, v, grad
+
     def captures(self) -> list[Tensor]:
         """What the mask reads, and the seed of dropout."""
         return [*self.base.captures, torch.tensor([SEED])]
 
+    def _counts(self) -> Tensor:
+        """How often each pair counts, ``(B, H, S, S)``."""
+        shape = (B, self.base.heads[0], self.base.length)
+        kept = [dense.keeps(m, self.base.captures, shape) for m, _ in self.base.parts]
+        return torch.stack(kept).sum(0)
+
     def expected(self) -> list[Tensor]:
         """Output and gradients, as ``names`` has them."""
-        q, k, v, grad = (x.double() for x in self.base.tensors())
+        q, k, v, grad = (x.double() for x in self.tensors())
         biases, sinks = self.scores()
         biases = [x.double() for x in biases]
-        inputs = [q, k, v]
+        inputs = self.needed([q, k, v])
         inputs += [
             x for x, kind in zip(biases, self.kinds, strict=True) if kind.is_learned
         ]
@@ -171,12 +205,7 @@ class ScoreCase:
             scores = scores + (
                 x[:, :, 0, at - at[:, None] + S - 1] if kind.is_relative else x
             )
-        counts = torch.stack(
-            [
-                dense.keeps(mask, self.base.captures, (B, H, S))
-                for mask, _ in self.base.parts
-            ]
-        ).sum(0)
+        counts = self._counts()
         hidden = (counts == 0) | (scores.detach() == -torch.inf)
         is_empty = hidden.all(-1, keepdim=True)
         scores = scores + counts.clamp(min=1).to(q.dtype).log()
@@ -185,7 +214,7 @@ class ScoreCase:
             last = sinks[None, :, None, None].expand(B, H, S, 1)
             scores = torch.cat([scores, last], -1)
         weights = scores.softmax(-1)[..., :S] * ~is_empty
-        if self.base.empty is EmptyRow.MEAN_FILLED and sinks is None:
+        if self.base.empty is not EmptyRow.ZERO and sinks is None:
             weights = torch.where(is_empty, 1 / S, weights)
         if self.dropout:
             where = [
@@ -197,15 +226,36 @@ class ScoreCase:
         return weights @ v
 
 
-def run_score_case(group: ProcessGroup, rank: int, case: ScoreCase) -> list[Tensor]:
-    """This rank's rows of output and gradients; of biases not cut its partial sums."""
+def score_plan_text(case: ScoreCase, group: ProcessGroup, rank: int) -> str:
+    """The plan that the op carries on one rank."""
+    plan = parse_plan(plan_text(case.base, group, rank, timeout_s=60.0))
+    changed = replace(
+        plan,
+        softcap=case.softcap,
+        biases=tuple(kind.traits for kind in case.kinds),
+        dropout=Dropout(case.dropout, seed=2) if case.dropout else None,
+    )
+    return format_plan(changed)
+
+
+def run_score_case(
+    group: ProcessGroup,
+    rank: int,
+    case: ScoreCase,
+    *,
+    attend: Callable[..., Tensor] | None = None,
+) -> list[Tensor]:
+    """This rank's rows of output and gradients; of biases not cut its partial sums.
+
+    ``attend``: the ring op as ``compile_ring`` gives it, if there is one already.
+    """
     base = case.base
     layout = base.place(group.size())
     at = torch.tensor(layout.positions(rank, base.length))
     is_real, rows = at < base.length, at.clamp(max=base.length - 1)
-    q, k, v, grad = (x[:, :, rows] for x in base.tensors())
+    q, k, v, grad = (x[:, :, rows] for x in case.tensors())
     biases, sinks = case.scores()
-    inputs = [q, k, v]
+    inputs = case.needed([q, k, v])
     for n, kind in enumerate(case.kinds):
         if kind.traits.is_cut:
             biases[n] = biases[n][:, :, rows]
@@ -215,14 +265,8 @@ def run_score_case(group: ProcessGroup, rank: int, case: ScoreCase) -> list[Tens
         inputs.append(sinks)
     for x in inputs:
         x.requires_grad_()
-    plan = parse_plan(plan_text(base, group, rank, timeout_s=60.0))
-    plan = replace(
-        plan,
-        softcap=case.softcap,
-        biases=tuple(kind.traits for kind in case.kinds),
-        dropout=Dropout(case.dropout, seed=2) if case.dropout else None,
-    )
-    attend = compile_ring(format_plan(plan), base)
+    if attend is None:
+        attend = compile_ring(score_plan_text(case, group, rank), base)
     arguments = (q, k, v, case.captures(), biases, sinks)
     if case.is_checkpointed:
         out = checkpoint(attend, *arguments, use_reentrant=False)
@@ -234,10 +278,9 @@ def run_score_case(group: ProcessGroup, rank: int, case: ScoreCase) -> list[Tens
         assert x.grad is not None
         assert x.grad.dtype == x.dtype
         results.append(x.grad)
-    is_cut = [True] * 4 + [k.traits.is_cut for k in case.kinds if k.is_learned]
-    is_cut += [False] * case.has_sinks
     return [
-        x[:, :, is_real] if cut else x for x, cut in zip(results, is_cut, strict=True)
+        x[:, :, is_real] if cut else x
+        for x, cut in zip(results, case.is_cut, strict=True)
     ]
 
 
@@ -249,9 +292,7 @@ def run_score_cases(
 
 def collect(case: ScoreCase, by_rank: list[list[Tensor]]) -> list[Tensor]:
     """All rows in the user's order; sums over ranks of what each has a part of."""
-    is_cut = [True] * 4 + [k.traits.is_cut for k in case.kinds if k.is_learned]
-    is_cut += [False] * case.has_sinks
     return [
         join(case.base, xs) if cut else torch.stack([x.double() for x in xs]).sum(0)
-        for xs, cut in zip(zip(*by_rank, strict=True), is_cut, strict=True)
+        for xs, cut in zip(zip(*by_rank, strict=True), case.is_cut, strict=True)
     ]
