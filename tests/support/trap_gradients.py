@@ -197,14 +197,6 @@ def one_rank_has_no_attention(s: Setting) -> Seen:
     return s.step(lambda x: fn(x) * 2, s.tokens())
 
 
-def one_rank_has_a_gather_more(s: Setting) -> Seen:
-    def fn(x: Tensor) -> Tensor:
-        y = attend(x)
-        return y if s.rank == 0 else y.flip(1)
-
-    return s.step(fn, s.tokens())
-
-
 TRAPS = (
     double_backward,
     backward_twice,
@@ -233,5 +225,4 @@ DIFFERENT_RANKS = (
     weights_differ,
     models_differ,
     one_rank_has_no_attention,
-    one_rank_has_a_gather_more,
 )

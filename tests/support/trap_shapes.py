@@ -39,14 +39,6 @@ def two_tokens(s: Setting) -> Seen:
     return s.step(lambda x: attend(x)[:, -1] + attend(x).mean(1), s.tokens(B, 2, E))
 
 
-def empty_batch(s: Setting) -> Seen:
-    return s.step(lambda x: attend(x) * 2, s.tokens(0, S, E))
-
-
-def no_tokens(s: Setting) -> Seen:
-    return s.step(lambda x: attend(x) * 2, s.tokens(B, 0, E))
-
-
 def all_sizes_equal(s: Setting) -> Seen:
     """B = H = S = D = 4: no dim is told by its size."""
 
@@ -191,8 +183,6 @@ TRAPS = (
     one_token_unmasked,
     fewer_tokens_than_ranks,
     two_tokens,
-    empty_batch,
-    no_tokens,
     all_sizes_equal,
     lengths_change,
     values_wider_than_keys,

@@ -6,11 +6,11 @@ import pytest
 import torch
 from support import trap_effects, trap_gradients, trap_masks, trap_shapes, trap_values
 from support.ranks import RankError, RankHangError, RankPool
-from support.traps import Trap, run_differing, run_trap
+from support.traps import Run, Trap, run_differing, run_trap
 
 HANG_S = 120.0
-RTOL = 1e-5
-BFLOAT16_RTOL = 3e-2
+HALF_RTOL = 3e-2  # bfloat16 and float16, each against eager in the same
+STRICT = Run()
 
 ON_TWO = (
     *trap_values.TRAPS,
@@ -23,17 +23,9 @@ ADDED = tuple(trap_masks.ADDED)
 
 
 def check_trap(
-    ranks: RankPool,
-    trap: Trap,
-    *,
-    cp_size: int = 2,
-    rtol: float = RTOL,
-    dtype: torch.dtype | None = None,
-    unsupported: str = "gather",
+    ranks: RankPool, trap: Trap, run: Run = STRICT, *, cp_size: int = 2
 ) -> None:
-    verdicts = ranks.run(
-        run_trap, trap, rtol, dtype, unsupported, world_size=cp_size, timeout_s=HANG_S
-    )
+    verdicts = ranks.run(run_trap, trap, run, world_size=cp_size, timeout_s=HANG_S)
     assert all(v == "right" or v.startswith("told: ") for v in verdicts), verdicts
     assert len({v == "right" for v in verdicts}) == 1, verdicts
 
@@ -56,13 +48,13 @@ def test_a_short_sequence_on_four_ranks(ranks: RankPool, trap: Trap) -> None:
 
 @pytest.mark.parametrize("trap", trap_effects.LOW_PRECISION, ids=_name)
 def test_autocast_is_right_or_told(ranks: RankPool, trap: Trap) -> None:
-    check_trap(ranks, trap, rtol=BFLOAT16_RTOL, dtype=torch.float32)
+    check_trap(ranks, trap, Run(HALF_RTOL, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_other_dtypes_on_cpu(ranks: RankPool, dtype: torch.dtype) -> None:
-    rtol = RTOL if dtype == torch.float64 else BFLOAT16_RTOL
-    check_trap(ranks, trap_effects.residual_in_place, rtol=rtol, dtype=dtype)
+    rtol = STRICT.rtol if dtype == torch.float64 else HALF_RTOL
+    check_trap(ranks, trap_effects.residual_in_place, Run(rtol, dtype))
 
 
 @pytest.mark.parametrize("name", KEPT)
@@ -84,7 +76,7 @@ def test_the_same_mask_spelled_out(ranks: RankPool, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("trap", ON_TWO, ids=_name)
 def test_a_trap_where_errors_are_wanted(ranks: RankPool, trap: Trap) -> None:
-    check_trap(ranks, trap, unsupported="error")
+    check_trap(ranks, trap, Run(unsupported="error"))
 
 
 @pytest.mark.parametrize("trap", trap_gradients.DIFFERENT_RANKS, ids=_name)
