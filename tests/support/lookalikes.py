@@ -194,6 +194,15 @@ class ContrastiveOfMeans(nn.Module):
         return x + (weights @ means).unsqueeze(1)
 
 
+class ContrastiveLogits(nn.Module):
+    """CLIP's: which sample of the batch is which, as a gate."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        means = F.normalize(x.mean(1), dim=-1)
+        own = (means @ means.T * 5).softmax(-1).diagonal()
+        return x * own[:, None, None]
+
+
 class Quantised(nn.Module):
     """A codebook looked up softly, with a fixed noise: Gumbel's softmax."""
 
@@ -276,13 +285,18 @@ LOOKALIKES: dict[str, Callable[[], nn.Module]] = {
     "squeeze and excite": Gathered,
     "classifier": Classifier,
     "mixture of softmaxes": Mixture,
-    "contrastive": Contrastive,
-    "contrastive of means": ContrastiveOfMeans,
+    "logits of the batch": ContrastiveLogits,
     "codebook": Quantised,
     "sigmoid scores": SigmoidScores,
-    "over the batch": SoftmaxOfSamples,
     "dynamic filter": DynamicFilter,
     "slots": Slots,
+}
+
+# Attention, but over the batch.
+OTHER_AXES: dict[str, Callable[[], nn.Module]] = {
+    "contrastive": Contrastive,
+    "contrastive of means": ContrastiveOfMeans,
+    "over the batch": SoftmaxOfSamples,
 }
 
 
@@ -304,11 +318,15 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+def _find(name: str) -> Callable[[], nn.Module]:
+    return (LOOKALIKES | OTHER_AXES)[name]
+
+
 def alone(name: str) -> Spelling:
     """The look-alike as a model of its own: nothing in it is an attention."""
-    return Spelling(name, LOOKALIKES[name], num_regions=0)
+    return Spelling(name, _find(name), num_regions=0)
 
 
 def beside_attention(name: str) -> Spelling:
     """The look-alike between two attentions."""
-    return Spelling(name, lambda: Beside(LOOKALIKES[name]()), num_regions=2)
+    return Spelling(name, lambda: Beside(_find(name)()), num_regions=2)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from support.spellings import D, E, H, Heads, S, Spelling, merge, of_heads, split
+from support.spellings import D, E, H, Heads, S, Spelling, merge, split
 from support.spellings_biases import CAP, alibi_of_distance, softcap
 
 SCALE = D**-0.5
@@ -277,16 +277,6 @@ class Autocast(Heads):
             return self.out(merge(self.attend(q, k, v)))  # type: ignore[no-any-return]
 
 
-def mapped_over_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """``torch.vmap`` of a function of one head."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (q @ k.T * SCALE).softmax(-1) @ v
-
-    out: Tensor = torch.vmap(torch.vmap(attend))(q, k, v)
-    return out
-
-
 def of_multihead(name: str, *inputs: str, **arguments: Any) -> Spelling:  # noqa: ANN401
     return Spelling(
         f"nn.MultiheadAttention{name}", partial(Multihead, **arguments), inputs
@@ -338,5 +328,4 @@ TABLE = (
     Spelling("nested_compile_region", Nested, num_regions=2),
     Spelling("nested_compile_region, two masks", NestedInTurn, num_regions=2),
     Spelling("autocast switched off", lambda: Autocast(_causal)),
-    of_heads("vmap over heads", mapped_over_heads),
 )
