@@ -1,0 +1,247 @@
+"""Check a program: all ranks of its rewritten graph against float64 eager; shrink it."""
+
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ringcompile.backend import _rewrite
+from ringcompile.config import RingOptions
+from ringcompile.errors import RingCompileError
+from ringcompile.ir.reshard import format_spec, parse_spec
+from ringcompile.ir.text import format_plan, parse_plan
+from ringcompile.mesh import Ranks
+from ringcompile.passes.pipeline import Rewritten
+from support.fuzz_program import Outcome, Program, Ref, run_program
+from support.simulate_ranks import GROUP_NAME, SimulationError, simulate
+from support.tolerances import (
+    assert_gradients_equal,
+    assert_output_equal,
+    max_error,
+)
+
+
+class Verdict(Enum):
+    """What became of a program."""
+
+    RING = "right, every attention a ring"
+    GATHERED = "right, some attention gathered"
+    WHOLE = "right, nothing to cut"
+    REFUSED = "refused with a reason"
+    ROUNDING = "off by rounding alone: eager is as far off"
+    WRONG = "wrong numbers"
+    MISMATCH = "ranks that do not fit together"
+    CRASH = "crashed"
+
+    @property
+    def is_find(self) -> bool:
+        return self in {Verdict.WRONG, Verdict.MISMATCH, Verdict.CRASH}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A verdict, and what there is to say of it."""
+
+    verdict: Verdict
+    text: str = ""
+
+
+def check_program(program: Program) -> Finding:
+    """Simulate all ranks and compare with float64 eager."""
+    torch.manual_seed(0)
+    reference = run_program(program, program.build(torch.float64), torch.float64)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made, outcomes = _simulate(program)
+    except RingCompileError as error:
+        return Finding(Verdict.REFUSED, f"{error}")
+    except SimulationError as error:
+        return Finding(Verdict.MISMATCH, f"{error}")
+    except Exception:  # noqa: BLE001 - whatever it is, it is a find
+        return Finding(Verdict.CRASH, traceback.format_exc())
+    try:
+        for outcome in outcomes:
+            compare(outcome, reference)
+        _check_alike(outcomes)
+    except AssertionError as error:
+        if _is_rounding(program, outcomes, reference):
+            return Finding(Verdict.ROUNDING)
+        return Finding(Verdict.WRONG, f"{error}")
+    return Finding(_read_verdict(made))
+
+
+def _read_verdict(made: Rewritten) -> Verdict:
+    if made.refusals:
+        return Verdict.GATHERED
+    return Verdict.RING if made.attentions else Verdict.WHOLE
+
+
+def _simulate(program: Program) -> tuple[Rewritten, list[Outcome]]:
+    gm = program.build(program.dtype)
+    inputs = program.make_inputs(program.dtype)
+    made = rewrite_for(gm, inputs, program.options, program.size)
+    calls = calls_of_ranks(made.gm, program.size)
+
+    def work(rank: int) -> Outcome:
+        return run_program(program, calls[rank], program.dtype)
+
+    return made, simulate(program.size, work)
+
+
+def rewrite_for(
+    gm: GraphModule, inputs: Sequence[object], options: RingOptions, size: int
+) -> Rewritten:
+    """Rank 0's graph, for ranks that are simulated."""
+    return _rewrite(gm, inputs, options, Ranks(0, size, GROUP_NAME))
+
+
+def calls_of_ranks(gm: GraphModule, size: int) -> list[Callable[..., Any]]:
+    """Every rank's graph from that of rank 0: they differ in the texts of plans alone."""
+    calls = []
+    for rank in range(size):
+        for node in gm.graph.nodes:
+            for name, (parse, write) in _TEXTS.items():
+                if name in node.kwargs and node.op == "call_function":
+                    text = write(replace(parse(node.kwargs[name]), rank=rank))
+                    node.kwargs = node.kwargs | {name: text}
+        gm.recompile()
+        calls.append(type(gm).forward.__get__(gm))
+    return calls
+
+
+_TEXTS: dict[str, tuple[Callable[[str], Any], Callable[[Any], str]]] = {
+    "spec": (parse_spec, format_spec),
+    "plan": (parse_plan, format_plan),
+}
+
+
+def compare(got: Outcome, want64: Outcome) -> None:
+    """Outputs and gradients of one rank against the reference."""
+    for name, want in want64.outputs.items():
+        if want.is_floating_point():
+            assert_output_equal(got.outputs[name], want, name)
+        else:
+            assert torch.equal(got.outputs[name], want), f"{name} differs"
+    assert_gradients_equal(got.grads, want64.grads)
+
+
+def _check_alike(outcomes: Sequence[Outcome]) -> None:
+    """Replicated results are the same bits on all ranks."""
+    first = outcomes[0]
+    for rank, other in enumerate(outcomes):
+        for kind in ("outputs", "grads"):
+            here, there = getattr(first, kind), getattr(other, kind)
+            for name, x in here.items():
+                same = x is there[name] or torch.equal(x, there[name])
+                assert same, f"{kind} {name} of rank {rank} differ from rank 0's"
+
+
+def _is_rounding(
+    program: Program, outcomes: Sequence[Outcome], reference: Outcome
+) -> bool:
+    """Whether errors are no more than a few times those of eager in the same dtype.
+
+    A sum that is 0 in exact arithmetic has no relative error. What eager's rounding
+    does in float64 is read from float32, 2^29 times coarser. A program of float32 must
+    be right in float64 then.
+    """
+    narrow = torch.float32
+    eager = run_program(program, program.build(narrow), narrow)
+    step = 2.0**-29 if program.dtype == torch.float64 else 1.0
+    for got in outcomes:
+        for kind in ("outputs", "grads"):
+            for name, want in getattr(reference, kind).items():
+                one, other = getattr(eager, kind)[name], getattr(got, kind)[name]
+                if want is None or other is None or not want.is_floating_point():
+                    continue
+                allowed = _FEW_TIMES * step * max_error(one, want)
+                scale = max_error(want, torch.zeros_like(want))
+                if not max_error(other, want) <= max(allowed, 1e-5 * scale):
+                    return False
+    wide = replace(program, dtype=torch.float64)
+    return program.dtype == torch.float64 or not check_program(wide).verdict.is_find
+
+
+_FEW_TIMES = 32
+
+
+# ---- shrinking -----------------------------------------------------------------------
+
+
+def shrink(program: Program, verdict: Verdict, *, budget: int = 400) -> Program:
+    """A smaller program that fails in the same way."""
+    for _ in range(budget):
+        found = next(
+            (p for p in _smaller(program) if _fails_alike(p, verdict)), None
+        )
+        if found is None:
+            return program
+        program = found
+    return program
+
+
+def _fails_alike(program: Program, verdict: Verdict) -> bool:
+    try:
+        return check_program(program).verdict is verdict
+    except Exception:  # noqa: BLE001 - no program any more
+        return False
+
+
+def _smaller(program: Program) -> Iterator[Program]:
+    """Programs with one thing less."""
+    if len(program.outputs) > 1:
+        for name in program.outputs:
+            yield replace(program, outputs=(name,)).without_dead_code()
+    yield from _earlier_outputs(program)
+    for number in reversed(range(len(program.lines))):
+        yield from _without_line(program, number)
+    for change in ({"size": 2}, {"dtype": torch.float64}):
+        if getattr(program, *change) not in change.values():
+            yield replace(program, **change)
+    for name in ("layout", "stages", "kernel"):
+        plain = getattr(RingOptions(), name) if name != "layout" else "contiguous"
+        if getattr(program.options, name) != plain:
+            yield replace(program, options=replace(program.options, **{name: plain}))
+    for number, x in enumerate(program.inputs):
+        if x.needs_grad:
+            inputs = list(program.inputs)
+            inputs[number] = replace(x, needs_grad=False)
+            yield replace(program, inputs=tuple(inputs))
+
+
+def _earlier_outputs(program: Program) -> Iterator[Program]:
+    for line in reversed(program.lines[:-1]):
+        for number in range(len(program.outputs)):
+            outputs = list(program.outputs)
+            if line.name not in outputs:
+                outputs[number] = line.name
+                yield replace(program, outputs=tuple(outputs)).without_dead_code()
+
+
+def _without_line(program: Program, number: int) -> Iterator[Program]:
+    """Give the readers of a line one of its operands in its place."""
+    line = program.lines[number]
+    for name in dict.fromkeys(line.reads):
+        swap = {line.name: name}
+        lines = [
+            _rename(other, swap) for i, other in enumerate(program.lines) if i != number
+        ]
+        outputs = tuple(dict.fromkeys(swap.get(n, n) for n in program.outputs))
+        yield replace(program, lines=tuple(lines), outputs=outputs).without_dead_code()
+
+
+def _rename(line: Any, swap: dict[str, str]) -> Any:  # noqa: ANN401
+    from torch.utils._pytree import tree_map_only
+
+    def new(ref: Ref) -> Ref:
+        return Ref(swap.get(ref.name, ref.name))
+
+    args, kwargs = tree_map_only(Ref, new, (line.args, dict(line.kwargs)))
+    return replace(line, args=args, kwargs=kwargs)
