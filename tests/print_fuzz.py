@@ -14,14 +14,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from support.fuzz_checks import Verdict, check_program, shrink  # noqa: E402
+from support.fuzz_checks import Verdict, check_program  # noqa: E402
 from support.fuzz_models import write_program  # noqa: E402
+from support.fuzz_shrink import shrink  # noqa: E402
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--start", type=int, default=0)
+    parser.add_argument("--small", action="store_true")
     parser.add_argument("--no-shrink", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -29,7 +31,7 @@ def main() -> int:
     refusals: Counter[str] = Counter()
     began, cpu = time.monotonic(), time.process_time()
     for seed in range(options.start, options.start + options.count):
-        program = write_program(seed)
+        program = write_program(seed, is_small=options.small)
         found = check_program(program)
         counts[found.verdict] += 1
         if found.verdict is Verdict.REFUSED:

@@ -56,8 +56,8 @@ def mask_of_positions(w: Writer) -> Var:
         later = w.call(torch.triu, ones, diagonal=1)
         return w.call("__eq__", later, 0)
     at = w.positions()
-    q = w.pick(*([w.call("unsqueeze", at, 1)] * 2), w.call("view", at, -1, 1))
-    k = w.call(w.pick("unsqueeze"), at, 0)
+    column = w.pick(("unsqueeze", 1), ("unsqueeze", -1), ("view", -1, 1))
+    q, k = w.call(column[0], at, *column[1:]), w.call("unsqueeze", at, 0)
     if kind in (2, 3):
         return w.call("__le__", k, q) if w.chance(0.5) else w.call("__ge__", q, k)
     distance = w.call("__sub__", q, k)
@@ -80,9 +80,9 @@ def mask_of_positions(w: Writer) -> Var:
 def make_mask(w: Writer) -> Var | None:
     """Bool, broadcastable to ``(B, H, S, S)``; None to see all."""
     terms: list[Var] = []
-    if w.chance(0.7):
+    if w.chance(0.5 if w.is_small else 0.7):
         mask = mask_of_positions(w)
-        if w.chance(0.2):
+        if w.chance(0.1 if w.is_small else 0.2):
             other = mask_of_positions(w)
             mask = w.call(w.pick("__and__", "__or__", torch.logical_and), mask, other)
         terms.append(_lift(w, mask))
@@ -105,7 +105,7 @@ def make_mask(w: Writer) -> Var | None:
     mask = terms[0]
     for term in terms[1:]:
         mask = w.call(w.pick("__and__", "__mul__", torch.logical_and), mask, term)
-    if w.chance(0.6):  # every token sees itself
+    if w.chance(0.25 if w.is_small else 0.6):  # every token sees itself
         at = w.positions()
         own = w.call("__eq__", w.call("unsqueeze", at, 1), w.call("unsqueeze", at, 0))
         mask = w.call("__or__", mask, own)
@@ -135,6 +135,9 @@ class Heads:
 
 
 def _choose_heads(w: Writer) -> Heads:
+    if w.is_small:
+        num = w.pick(1, 2, 2)
+        return Heads(num, w.pick(1, num), 4)
     num = w.pick(1, 2, 2, 4)
     num_kv = w.pick(*(g for g in (1, 2, 4) if num % g == 0), num)
     return Heads(num, num_kv, w.pick(2, 4, 4, 8))
@@ -180,7 +183,7 @@ def merge_heads(w: Writer, x: Var) -> Stream:
 def project(w: Writer, stream: Stream, heads: Heads) -> tuple[Var, Var, Var]:
     """Q, K and V, by one product or by three."""
     sizes = (heads.num * heads.size, *(heads.num_kv * heads.size,) * 2)
-    kind = w.rng.randrange(4)
+    kind = w.pick(0, 1, 1, 2, 2, 3) if w.is_small else w.rng.randrange(4)
     x, order = stream.x, stream.order
     if kind == 0 and heads.num == heads.num_kv:
         parts = w.items(w.call("chunk", w.linear(x, sum(sizes)), 3, -1))
@@ -251,7 +254,7 @@ def attend(w: Writer, stream: Stream) -> Stream:
         q = split_heads(w, Stream(w.linear(stream.x, heads.num * heads.size), stream.order), heads.num)
     else:
         q, k, v = project(w, stream, heads)
-        if w.chance(0.25):
+        if w.chance(0.05 if w.is_small else 0.25):
             q, k = rotate(w, q, k)
         if w.chance(0.12):
             q, k = (w.call(F.normalize, x, dim=-1) for x in (q, k))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter, Node
 
 from ringcompile.backend import _rewrite
 from ringcompile.config import RingOptions
@@ -55,7 +55,7 @@ class Finding:
 def check_program(program: Program) -> Finding:
     """Simulate all ranks and compare with float64 eager."""
     torch.manual_seed(0)
-    reference = run_program(program, program.build(torch.float64), torch.float64)
+    reference = run_program(program, program.run, torch.float64)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -87,10 +87,9 @@ def _simulate(program: Program) -> tuple[Rewritten, list[Outcome]]:
     gm = program.build(program.dtype)
     inputs = program.make_inputs(program.dtype)
     made = rewrite_for(gm, inputs, program.options, program.size)
-    calls = calls_of_ranks(made.gm, program.size)
 
     def work(rank: int) -> Outcome:
-        return run_program(program, calls[rank], program.dtype)
+        return run_program(program, RankRun(made.gm, rank).run, program.dtype)
 
     return made, simulate(program.size, work)
 
@@ -102,18 +101,21 @@ def rewrite_for(
     return _rewrite(gm, inputs, options, Ranks(0, size, GROUP_NAME))
 
 
-def calls_of_ranks(gm: GraphModule, size: int) -> list[Callable[..., Any]]:
-    """Every rank's graph from that of rank 0: they differ in the texts of plans alone."""
-    calls = []
-    for rank in range(size):
+class RankRun(Interpreter):
+    """A rank's graph from that of rank 0: they differ in the texts of plans alone."""
+
+    def __init__(self, gm: GraphModule, rank: int) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self._texts: dict[Node, dict[str, str]] = {}
         for node in gm.graph.nodes:
             for name, (parse, write) in _TEXTS.items():
-                if name in node.kwargs and node.op == "call_function":
+                if name in node.kwargs:
                     text = write(replace(parse(node.kwargs[name]), rank=rank))
-                    node.kwargs = node.kwargs | {name: text}
-        gm.recompile()
-        calls.append(type(gm).forward.__get__(gm))
-    return calls
+                    self._texts[node] = {name: text}
+
+    def fetch_args_kwargs_from_env(self, n: Node) -> tuple[Any, Any]:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return args, kwargs | self._texts.get(n, {})
 
 
 _TEXTS: dict[str, tuple[Callable[[str], Any], Callable[[Any], str]]] = {
@@ -153,7 +155,7 @@ def _is_rounding(
     be right in float64 then.
     """
     narrow = torch.float32
-    eager = run_program(program, program.build(narrow), narrow)
+    eager = run_program(program, program.run, narrow)
     step = 2.0**-29 if program.dtype == torch.float64 else 1.0
     for got in outcomes:
         for kind in ("outputs", "grads"):
@@ -172,76 +174,3 @@ def _is_rounding(
 _FEW_TIMES = 32
 
 
-# ---- shrinking -----------------------------------------------------------------------
-
-
-def shrink(program: Program, verdict: Verdict, *, budget: int = 400) -> Program:
-    """A smaller program that fails in the same way."""
-    for _ in range(budget):
-        found = next(
-            (p for p in _smaller(program) if _fails_alike(p, verdict)), None
-        )
-        if found is None:
-            return program
-        program = found
-    return program
-
-
-def _fails_alike(program: Program, verdict: Verdict) -> bool:
-    try:
-        return check_program(program).verdict is verdict
-    except Exception:  # noqa: BLE001 - no program any more
-        return False
-
-
-def _smaller(program: Program) -> Iterator[Program]:
-    """Programs with one thing less."""
-    if len(program.outputs) > 1:
-        for name in program.outputs:
-            yield replace(program, outputs=(name,)).without_dead_code()
-    yield from _earlier_outputs(program)
-    for number in reversed(range(len(program.lines))):
-        yield from _without_line(program, number)
-    for change in ({"size": 2}, {"dtype": torch.float64}):
-        if getattr(program, *change) not in change.values():
-            yield replace(program, **change)
-    for name in ("layout", "stages", "kernel"):
-        plain = getattr(RingOptions(), name) if name != "layout" else "contiguous"
-        if getattr(program.options, name) != plain:
-            yield replace(program, options=replace(program.options, **{name: plain}))
-    for number, x in enumerate(program.inputs):
-        if x.needs_grad:
-            inputs = list(program.inputs)
-            inputs[number] = replace(x, needs_grad=False)
-            yield replace(program, inputs=tuple(inputs))
-
-
-def _earlier_outputs(program: Program) -> Iterator[Program]:
-    for line in reversed(program.lines[:-1]):
-        for number in range(len(program.outputs)):
-            outputs = list(program.outputs)
-            if line.name not in outputs:
-                outputs[number] = line.name
-                yield replace(program, outputs=tuple(outputs)).without_dead_code()
-
-
-def _without_line(program: Program, number: int) -> Iterator[Program]:
-    """Give the readers of a line one of its operands in its place."""
-    line = program.lines[number]
-    for name in dict.fromkeys(line.reads):
-        swap = {line.name: name}
-        lines = [
-            _rename(other, swap) for i, other in enumerate(program.lines) if i != number
-        ]
-        outputs = tuple(dict.fromkeys(swap.get(n, n) for n in program.outputs))
-        yield replace(program, lines=tuple(lines), outputs=outputs).without_dead_code()
-
-
-def _rename(line: Any, swap: dict[str, str]) -> Any:  # noqa: ANN401
-    from torch.utils._pytree import tree_map_only
-
-    def new(ref: Ref) -> Ref:
-        return Ref(swap.get(ref.name, ref.name))
-
-    args, kwargs = tree_map_only(Ref, new, (line.args, dict(line.kwargs)))
-    return replace(line, args=args, kwargs=kwargs)

@@ -16,14 +16,16 @@ VOCABULARY = 11
 IGNORED = -100
 
 
-def write_program(seed: int) -> Program:
+def write_program(seed: int, *, is_small: bool = False) -> Program:
     """The model of that seed."""
-    w = Writer(seed)
+    w = Writer(seed, is_small=is_small)
     stream = _embed(w)
     outputs: list[Var] = []
     past: list[Stream] = [stream]
-    for number in range(w.pick(1, 1, 1, 2, 2, 3)):
-        for _ in range(w.pick(0, 1, 1, 2, 3)):
+    num_attentions = (1, 1, 1, 1, 1, 1, 1, 2) if is_small else (1, 1, 1, 2, 2, 3)
+    num_steps = (0, 0, 1, 1) if is_small else (0, 1, 1, 2, 3)
+    for number in range(w.pick(*num_attentions)):
+        for _ in range(w.pick(*num_steps)):
             stream = _advance(w, stream, past)
         made = None
         while made is None:
@@ -34,7 +36,7 @@ def write_program(seed: int) -> Program:
             outputs.append(stream.x)
         if number and w.chance(0.3):
             stream = _advance(w, stream, past)
-    for _ in range(w.pick(0, 1, 1, 2)):
+    for _ in range(w.pick(*num_steps)):
         stream = _advance(w, stream, past)
     outputs += _finish(w, stream)
     return _close(w, outputs).without_dead_code()
@@ -108,11 +110,9 @@ def _positions(w: Writer) -> Var:
 def _finish(w: Writer, stream: Stream) -> list[Var]:
     """What the model returns."""
     found: list[Var] = []
-    if w.chance(0.45) or not found:
-        kinds = (_return_stream, _return_stream, _return_pooled, _return_loss, _return_loss)
-        for kind in w.rng.sample(kinds, w.pick(1, 1, 2)):
-            made = w.attempt(kind, stream)
-            found += made or []
+    kinds = (_return_stream, _return_stream, _return_pooled, _return_loss, _return_loss)
+    for kind in w.rng.sample(kinds, w.pick(1, 1, 2)):
+        found += w.attempt(kind, stream) or []
     return found or [stream.x]
 
 

@@ -81,8 +81,11 @@ def simulate(size: int, work: Callable[[int], T]) -> list[T]:
 
     def run(rank: int) -> None:
         _here.world, _here.rank = world, rank
-        with world.turn(rank):
+
+        def note() -> None:
             results[rank] = work(rank)
+
+        world.live(rank, note)
 
     threads = [threading.Thread(target=run, args=(r,), daemon=True) for r in range(size)]
     with _simulated_ops():
@@ -116,16 +119,15 @@ class _World:
         self._live = list(range(size))
         self._progress = 0
 
-    @contextmanager
-    def turn(self, rank: int) -> Iterator[None]:
+    def live(self, rank: int, work: Callable[[], None]) -> None:
         """A rank's life: from its first turn to the hand-over at its end."""
         self.gates[rank].acquire()
         try:
             if not self.errors:
-                yield
+                work()
         except _StoppedError:
             pass
-        except Exception as error:  # noqa: BLE001 - raised by simulate
+        except Exception as error:
             self.errors.append(error)
         finally:
             following = self._following(rank)
