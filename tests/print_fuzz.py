@@ -1,6 +1,6 @@
 """Run many seeds of the fuzzer and print what became of them.
 
-    python tests/print_fuzz.py --count 20000 --start 0
+python tests/print_fuzz.py --count 20000 --start 0
 """
 
 import argparse

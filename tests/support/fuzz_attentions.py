@@ -161,7 +161,9 @@ def split_heads(w: Writer, stream: Stream, num: int) -> Var:
         if w.chance(0.3):  # as fairseq has it
             flat = w.call("reshape", x, w.length, w.batch * num, size)
             turned = w.call("transpose", flat, 0, 1)
-            return w.call("view", w.call("contiguous", turned), w.batch, num, w.length, size)
+            return w.call(
+                "view", w.call("contiguous", turned), w.batch, num, w.length, size
+            )
         return w.call("permute", x, 1, 2, 0, 3)
     turn = w.pick(("transpose", 1, 2), ("permute", 0, 2, 1, 3), ("movedim", 2, 1))
     return w.call(turn[0], x, *turn[1:])
@@ -176,7 +178,9 @@ def merge_heads(w: Writer, x: Var) -> Stream:
     width = x.shape[2] * x.shape[3]
     if w.chance(0.3):
         return Stream(w.call("reshape", x, w.batch * w.length, width), "ne")
-    merge = w.pick(("flatten", 2), ("reshape", w.batch, w.length, width), ("flatten", -2, -1))
+    merge = w.pick(
+        ("flatten", 2), ("reshape", w.batch, w.length, width), ("flatten", -2, -1)
+    )
     return Stream(w.call(merge[0], x, *merge[1:]))
 
 
@@ -195,13 +199,16 @@ def project(w: Writer, stream: Stream, heads: Heads) -> tuple[Var, Var, Var]:
         if w.chance(0.5):
             q, k, v = w.items(w.call("unbind", w.call("permute", y, 2, 0, 3, 1, 4), 0))
         else:
-            q, k, v = (w.call("transpose", t, 1, 2) for t in w.items(w.call("unbind", y, 2)))
+            q, k, v = (
+                w.call("transpose", t, 1, 2) for t in w.items(w.call("unbind", y, 2))
+            )
         return q, k, v
     else:
         parts = [w.linear(x, n) for n in sizes]
     counts = (heads.num, heads.num_kv, heads.num_kv)
     q, k, v = (
-        split_heads(w, Stream(part, order), n) for part, n in zip(parts, counts, strict=True)
+        split_heads(w, Stream(part, order), n)
+        for part, n in zip(parts, counts, strict=True)
     )
     return q, k, v
 
@@ -217,14 +224,20 @@ def rotate(w: Writer, q: Var, k: Var) -> tuple[Var, Var]:
     def turn(x: Var) -> Var:
         low, high = w.items(w.call("chunk", x, 2, -1))
         half = w.call(torch.cat, (w.call("__neg__", high), low), -1)
-        return w.call("__add__", w.call("__mul__", x, cos), w.call("__mul__", half, sin))
+        return w.call(
+            "__add__", w.call("__mul__", x, cos), w.call("__mul__", half, sin)
+        )
 
     return turn(q), turn(k)
 
 
 def _angles(w: Writer, count: int) -> Var:
     at = w.call("to", w.positions(), FLOAT)
-    rates = w.call("pow", w.call("add", w.call("to", w.call(torch.arange, count), FLOAT), 1.5), -1.0)
+    rates = w.call(
+        "pow",
+        w.call("add", w.call("to", w.call(torch.arange, count), FLOAT), 1.5),
+        -1.0,
+    )
     if w.chance(0.5):
         return w.call(torch.outer, at, rates)
     return w.call("__mul__", w.call("unsqueeze", at, -1), rates)
@@ -237,7 +250,15 @@ def repeat_heads(w: Writer, x: Var, times: int) -> Var:
     if w.chance(0.5):
         return w.call("repeat_interleave", x, times, dim=1)
     batch, num, length, size = x.shape
-    wide = w.call("expand", w.item(x, slice(None), slice(None), None), batch, num, times, length, size)
+    wide = w.call(
+        "expand",
+        w.item(x, slice(None), slice(None), None),
+        batch,
+        num,
+        times,
+        length,
+        size,
+    )
     return w.call("reshape", wide, batch, num * times, length, size)
 
 
@@ -251,7 +272,11 @@ def attend(w: Writer, stream: Stream) -> Stream:
     if shared and w.chance(0.25):
         k, v = w.rng.choice(shared)
         heads = Heads(k.shape[1] * w.pick(1, 2), k.shape[1], k.shape[3])
-        q = split_heads(w, Stream(w.linear(stream.x, heads.num * heads.size), stream.order), heads.num)
+        q = split_heads(
+            w,
+            Stream(w.linear(stream.x, heads.num * heads.size), stream.order),
+            heads.num,
+        )
     else:
         q, k, v = project(w, stream, heads)
         if w.chance(0.05 if w.is_small else 0.25):
@@ -299,7 +324,9 @@ def _spell_out(w: Writer, q: Var, kv: tuple[Var, Var], times: int) -> Var:
     if w.chance(0.2):
         scores = w.call(torch.einsum, "bhqd,bhkd->bhqk", q, k)
     else:
-        turn = w.pick(("transpose", -2, -1), ("transpose", 2, 3), ("permute", 0, 1, 3, 2))
+        turn = w.pick(
+            ("transpose", -2, -1), ("transpose", 2, 3), ("permute", 0, 1, 3, 2)
+        )
         scores = w.call(torch.matmul, q, w.call(turn[0], k, *turn[1:]))
     if where_scaled in (1, 2):
         scores = w.call("__mul__", scores, size**-0.5)
@@ -327,13 +354,19 @@ def _apply_mask(w: Writer, scores: Var, mask: Var) -> Var:
         return w.call(torch.where, mask, scores, fill)
     zeros = w.call(torch.zeros, *mask.shape, dtype=FLOAT)
     bias = w.call("masked_fill", zeros, w.call(torch.logical_not, mask), fill)
-    return w.call("__add__", scores, bias) if kind == 3 else w.call("__add__", bias, scores)
+    return (
+        w.call("__add__", scores, bias)
+        if kind == 3
+        else w.call("__add__", bias, scores)
+    )
 
 
 def _softmax(w: Writer, scores: Var) -> Var:
     kind = w.rng.randrange(8)
     if kind == 0:
-        e = w.call("exp", w.call("__sub__", scores, w.call("amax", scores, -1, keepdim=True)))
+        e = w.call(
+            "exp", w.call("__sub__", scores, w.call("amax", scores, -1, keepdim=True))
+        )
         return w.call("__truediv__", e, w.call("sum", e, -1, keepdim=True))
     if kind == 1:
         total = w.call(torch.logsumexp, scores, -1, keepdim=True)

@@ -157,7 +157,9 @@ def _cross_entropy(w: Writer, logits: Var, kind: int) -> Var:
         logits = w.call("contiguous", shifted) if w.chance(0.5) else shifted
         labels = w.item(labels, ALL, slice(1, None))
     elif kind == 3:
-        labels = w.call(F.pad, w.item(labels, ALL, slice(1, None)), (0, 1), value=IGNORED)
+        labels = w.call(
+            F.pad, w.item(labels, ALL, slice(1, None)), (0, 1), value=IGNORED
+        )
     reduction = w.pick("mean", "mean", "sum")
     options = {"ignore_index": IGNORED, "reduction": reduction}
     if w.chance(0.2):

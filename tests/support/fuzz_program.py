@@ -52,7 +52,9 @@ class Line:
     @property
     def reads(self) -> list[str]:
         found: list[str] = []
-        tree_map_only(Ref, lambda r: found.append(r.name), (self.args, dict(self.kwargs)))
+        tree_map_only(
+            Ref, lambda r: found.append(r.name), (self.args, dict(self.kwargs))
+        )
         return found
 
 
@@ -197,7 +199,9 @@ def run_program(
         for y in outputs
         if y.is_floating_point() and y.requires_grad
     ]
-    wanted = [x for x, given in zip(leaves, program.inputs, strict=True) if given.needs_grad]
+    wanted = [
+        x for x, given in zip(leaves, program.inputs, strict=True) if given.needs_grad
+    ]
     names = [x.name for x in program.inputs if x.needs_grad]
     grads: Sequence[Tensor | None] = [None] * len(wanted)
     if losses and wanted:
@@ -211,4 +215,6 @@ def run_program(
 
 def _weights_like(y: Tensor) -> Tensor:
     """Fixed numbers between 1/2 and 3/2, no two places alike."""
-    return torch.linspace(0, 40, y.numel(), dtype=y.dtype).sin().reshape(y.shape) / 2 + 1
+    return (
+        torch.linspace(0, 40, y.numel(), dtype=y.dtype).sin().reshape(y.shape) / 2 + 1
+    )

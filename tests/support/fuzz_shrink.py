@@ -30,7 +30,7 @@ def shrink(program: Program, verdict: Verdict, *, limit_s: float = 60) -> Progra
 def _fails_alike(program: Program, verdict: Verdict) -> bool:
     try:
         return check_program(program).verdict is verdict
-    except Exception:  # noqa: BLE001 - no program any more
+    except Exception:
         return False
 
 
@@ -43,7 +43,11 @@ def _single_outputs(program: Program) -> Iterator[Program]:
 def _earlier_outputs(program: Program) -> Iterator[Program]:
     """Return what some line in the middle gives; by halves, the last ones last."""
     count = len(program.lines)
-    for number in (count // 2, count * 3 // 4, *range(count - 2, max(-1, count - 8), -1)):
+    for number in (
+        count // 2,
+        count * 3 // 4,
+        *range(count - 2, max(-1, count - 8), -1),
+    ):
         name = program.lines[number].name if number < count else ""
         if name and name not in program.outputs:
             yield replace(program, outputs=(name,)).without_dead_code()
@@ -72,7 +76,11 @@ def _plain_settings(program: Program) -> Iterator[Program]:
         yield replace(program, size=2)
     if program.dtype != torch.float64:
         yield replace(program, dtype=torch.float64)
-    for name, plain in (("layout", "contiguous"), ("stages", "auto"), ("kernel", "auto")):
+    for name, plain in (
+        ("layout", "contiguous"),
+        ("stages", "auto"),
+        ("kernel", "auto"),
+    ):
         if getattr(program.options, name) != plain:
             yield replace(program, options=replace(program.options, **{name: plain}))
 

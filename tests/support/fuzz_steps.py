@@ -42,7 +42,9 @@ def gate(w: Writer, x: Var) -> Var:
     both = w.linear(x, 2 * w.width)
     if w.chance(0.3):
         return w.call(F.glu, both, -1)
-    split = w.pick(("chunk", 2, -1), ("split", w.width, -1), ("split", [w.width, w.width], -1))
+    split = w.pick(
+        ("chunk", 2, -1), ("split", w.width, -1), ("split", [w.width, w.width], -1)
+    )
     a, b = w.items(w.call(split[0], both, *split[1:]))
     return w.call("__mul__", w.call(F.silu, a), b)
 
@@ -54,7 +56,12 @@ def scale_features(w: Writer, x: Var) -> Var:
 def use_scalar(w: Writer, x: Var) -> Var:
     if w.chance(0.4):
         return w.call("__mul__", x, w.parameter(1, scale=1.0))
-    kinds = (("__mul__", 0.5), ("__add__", 0.25), ("__rsub__", 1.0), ("__truediv__", 2.0))
+    kinds = (
+        ("__mul__", 0.5),
+        ("__add__", 0.25),
+        ("__rsub__", 1.0),
+        ("__truediv__", 2.0),
+    )
     kind = w.pick(*kinds, ("clamp", -1.5, 1.5), ("pow", 2), ("__neg__",))
     return w.call(kind[0], x, *kind[1:])
 
@@ -73,7 +80,9 @@ def over_features(w: Writer, x: Var) -> Var:
         return w.call("flip", x, -1)
     if kind == 5:
         return w.call("__mul__", x, w.call(torch.logsumexp, x, -1, keepdim=True))
-    return w.call("__truediv__", x, w.call("__add__", w.call("norm", x, 2, -1, True), 1.0))
+    return w.call(
+        "__truediv__", x, w.call("__add__", w.call("norm", x, 2, -1, True), 1.0)
+    )
 
 
 def cut_features(w: Writer, x: Var) -> Var:
@@ -218,10 +227,14 @@ def by_position(w: Writer, x: Var) -> Var:
     """Something that positions, masks or ids decide, on each token."""
     kind = w.rng.randrange(6)
     if kind == 0:
-        ramp = w.call("__truediv__", w.call("to", w.positions(), FLOAT), float(w.length))
+        ramp = w.call(
+            "__truediv__", w.call("to", w.positions(), FLOAT), float(w.length)
+        )
         return w.call("__mul__", x, w.call("unsqueeze", ramp, -1))
     if kind == 1:
-        return w.call("__mul__", x, w.call("to", w.call("unsqueeze", w.keep(), -1), FLOAT))
+        return w.call(
+            "__mul__", x, w.call("to", w.call("unsqueeze", w.keep(), -1), FLOAT)
+        )
     if kind == 2:
         dropped = w.call("__invert__", w.item(w.keep(), ALL, ALL, None))
         return w.call("masked_fill", x, dropped, w.pick(0.0, 0.5))
@@ -269,7 +282,11 @@ def detour(w: Writer, x: Var) -> Var:
         return w.call("__add__", x, w.call("repeat", w.item(y, 1), 1, 1, 2))
     if kind == 4:
         y = w.call("unsqueeze", x, w.pick(1, 2, 0))
-        dim = next(d for d in range(3) if y.shape[d] == 1 and y.shape[:d] + y.shape[d + 1 :] == x.shape)
+        dim = next(
+            d
+            for d in range(3)
+            if y.shape[d] == 1 and y.shape[:d] + y.shape[d + 1 :] == x.shape
+        )
         return w.call("squeeze", w.call("cos", y), dim)
     if kind == 5:
         y = w.call("permute", x, 2, 1, 0)

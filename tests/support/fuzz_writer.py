@@ -136,7 +136,9 @@ class Writer:
 
     def items(self, several: Var) -> list[Var]:
         """The results of a call that gives several."""
-        return [self.call(operator.getitem, several, i) for i in range(len(several.value))]
+        return [
+            self.call(operator.getitem, several, i) for i in range(len(several.value))
+        ]
 
     def item(self, x: Var, *index: Any) -> Var:  # noqa: ANN401
         """``x[index]``."""

@@ -87,7 +87,9 @@ def simulate(size: int, work: Callable[[int], T]) -> list[T]:
 
         world.live(rank, note)
 
-    threads = [threading.Thread(target=run, args=(r,), daemon=True) for r in range(size)]
+    threads = [
+        threading.Thread(target=run, args=(r,), daemon=True) for r in range(size)
+    ]
     with _simulated_ops():
         for thread in threads:
             thread.start()
@@ -216,7 +218,7 @@ class _Arrival(Work):
         return True
 
 
-def _hop(  # noqa: PLR0913, PLR0917 - the op's schema
+def _hop(
     payload: Sequence[Tensor],
     _deps: Sequence[Tensor],
     dst: int,

@@ -84,8 +84,10 @@ def test_most_random_models_become_rings() -> None:
 class _TwiceTheSum(_Sum):
     """A fault: a sum over the sequence that counts every rank twice."""
 
-    def emit(self, emitter, op, operands):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
-        return emitter.call(torch.ops.aten.mul.Scalar, super().emit(emitter, op, operands), 2)
+    def emit(self, emitter, op, operands):  # type: ignore[no-untyped-def]  # noqa: ANN001
+        return emitter.call(
+            torch.ops.aten.mul.Scalar, super().emit(emitter, op, operands), 2
+        )
 
 
 def test_the_fuzzer_finds_a_planted_fault(monkeypatch: pytest.MonkeyPatch) -> None:
