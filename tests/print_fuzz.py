@@ -40,15 +40,19 @@ def main() -> int:
             if not options.no_shrink:
                 program = shrink(program, found.verdict)
             found = check_program(program)
-            print(f"seed {seed}: {found.verdict.value}\n{program}\n{found.text}\n")
-            sys.stdout.flush()
-    print(f"{options.count} programs in {time.monotonic() - began:.0f} s", end="")
-    print(f" ({time.process_time() - cpu:.0f} s of CPU)")
+            _say(f"seed {seed}: {found.verdict.value}\n{program}\n{found.text}\n")
+    wall, busy = time.monotonic() - began, time.process_time() - cpu
+    _say(f"{options.count} programs in {wall:.0f} s ({busy:.0f} s of CPU)")
     for verdict in Verdict:
-        print(f"{counts[verdict]:7d}  {verdict.value}")
+        _say(f"{counts[verdict]:7d}  {verdict.value}")
     for text, count in refusals.most_common(20):
-        print(f"{count:7d}  refused: {text}")
+        _say(f"{count:7d}  refused: {text}")
     return int(any(v.is_find for v in counts))
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

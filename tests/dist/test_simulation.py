@@ -10,8 +10,8 @@ from ringcompile.torch_private import WAIT_TENSOR
 
 
 def _hop(x: Tensor, dst: int, src: int, *, rows: int, tag: int = 0) -> Tensor:
-    (started,) = ops.HOP([x], [], dst, src, [rows], tag, GROUP_NAME, 1.0)
-    return started
+    started: list[Tensor] = ops.HOP(*([x], [], dst, src, [rows], tag, GROUP_NAME, 1.0))
+    return started[0]
 
 
 def _wait(x: Tensor) -> Tensor:

@@ -23,22 +23,19 @@ class Stream:
 
 def to_order(w: Writer, stream: Stream, order: str) -> Stream:
     """The same tokens with their dims in another order."""
-    x, sizes = stream.x, (w.batch, w.length)
+    x = stream.x
     if stream.order == order:
         return stream
-    if stream.order == "sbe" or (stream.order == "ne" and order == "sbe"):
-        if stream.order == "ne":
-            x = w.call("view", x, *sizes, -1)
-        turn = w.pick(("transpose", 0, 1), ("permute", 1, 0, 2), ("swapaxes", 0, 1))
-        x = w.call(turn[0], x, *turn[1:])
-        return to_order(w, Stream(x, "sbe" if order == "sbe" else "bse"), order)
-    if order == "sbe":
-        return Stream(w.call("transpose", x, 0, 1), order)
-    if order == "ne":
+    if stream.order == "ne":
+        sizes = (w.batch, w.length)
+        split = w.pick(("unflatten", 0, sizes), ("view", *sizes, x.shape[-1]))
+        return to_order(w, Stream(w.call(split[0], x, *split[1:])), order)
+    if stream.order == "bse" and order == "ne":
         flat = w.pick(("flatten", 0, 1), ("reshape", -1, x.shape[-1]))
         return Stream(w.call(flat[0], x, *flat[1:]), order)
-    split = w.pick(("unflatten", 0, sizes), ("view", *sizes, x.shape[-1]))
-    return Stream(w.call(split[0], x, *split[1:]), order)
+    turn = w.pick(("transpose", 0, 1), ("permute", 1, 0, 2), ("swapaxes", 0, 1))
+    other = "sbe" if stream.order == "bse" else "bse"
+    return to_order(w, Stream(w.call(turn[0], x, *turn[1:]), other), order)
 
 
 # ---- masks ---------------------------------------------------------------------------
@@ -46,35 +43,40 @@ def to_order(w: Writer, stream: Stream, order: str) -> Stream:
 
 def mask_of_positions(w: Writer) -> Var:
     """Bool ``(S, S)``, a function of positions."""
-    kind = w.rng.randrange(9)
-    length = w.length
-    if kind == 0:
-        ones = w.call(torch.ones, length, length, dtype=torch.bool)
-        return w.call(w.pick(torch.tril, "tril"), ones)
-    if kind == 1:
-        ones = w.call(torch.ones, length, length)
-        later = w.call(torch.triu, ones, diagonal=1)
-        return w.call("__eq__", later, 0)
+    if w.chance(0.2):
+        return _triangle(w)
     at = w.positions()
     column = w.pick(("unsqueeze", 1), ("unsqueeze", -1), ("view", -1, 1))
     q, k = w.call(column[0], at, *column[1:]), w.call("unsqueeze", at, 0)
-    if kind in (2, 3):
+    if w.chance(0.3):
         return w.call("__le__", k, q) if w.chance(0.5) else w.call("__ge__", q, k)
-    distance = w.call("__sub__", q, k)
-    width = w.rng.randrange(1, length + 2)
-    if kind == 4:
-        near = w.call("__lt__", distance, width)
-        return w.call("__and__", near, w.call("__ge__", distance, 0))
-    if kind == 5:
-        return w.call("__le__", w.call("abs", distance), width)
-    if kind == 6:
-        causal = w.call("__ge__", distance, 0)
-        return w.call("__or__", causal, w.call("__lt__", k, width))
-    if kind == 7:
+    width = w.rng.randrange(1, w.length + 2)
+    if w.chance(0.2):
         blocks = [w.call("__floordiv__", x, width) for x in (q, k)]
         return w.call("__eq__", *blocks)
-    step = w.call("__mod__", distance, w.pick(2, 3))
-    return w.call("__eq__", step, 0)
+    return _mask_of_distance(w, w.call("__sub__", q, k), k, width)
+
+
+def _triangle(w: Writer) -> Var:
+    if w.chance(0.5):
+        ones = w.call(torch.ones, w.length, w.length, dtype=torch.bool)
+        return w.call(w.pick(torch.tril, "tril"), ones)
+    ones = w.call(torch.ones, w.length, w.length)
+    return w.call("__eq__", w.call(torch.triu, ones, diagonal=1), 0)
+
+
+def _mask_of_distance(w: Writer, distance: Var, k: Var, width: int) -> Var:
+    """A window, a prefix, or every other key; ``distance`` is query minus key."""
+    kind = w.rng.randrange(4)
+    if kind == 0:
+        near = w.call("__lt__", distance, width)
+        return w.call("__and__", near, w.call("__ge__", distance, 0))
+    if kind == 1:
+        return w.call("__le__", w.call("abs", distance), width)
+    if kind == 2:
+        causal = w.call("__ge__", distance, 0)
+        return w.call("__or__", causal, w.call("__lt__", k, width))
+    return w.call("__eq__", w.call("__mod__", distance, w.pick(2, 3)), 0)
 
 
 def make_mask(w: Writer) -> Var | None:
@@ -87,15 +89,7 @@ def make_mask(w: Writer) -> Var | None:
             mask = w.call(w.pick("__and__", "__or__", torch.logical_and), mask, other)
         terms.append(_lift(w, mask))
     if w.chance(0.3):
-        keep = w.keep()
-        spelled = w.rng.randrange(3)
-        if spelled == 0:
-            keys = w.item(keep, slice(None), None, None, slice(None))
-        elif spelled == 1:
-            keys = w.call("view", keep, w.batch, 1, 1, w.length)
-        else:
-            keys = w.call("unsqueeze", w.call("unsqueeze", keep, 1), 2)
-        terms.append(keys)
+        terms.append(_mask_of_keys(w))
     if w.chance(0.2):
         at = w.documents()
         q, k = w.call("unsqueeze", at, 2), w.call("unsqueeze", at, 1)
@@ -112,6 +106,16 @@ def make_mask(w: Writer) -> Var | None:
     if w.chance(0.15):
         mask = w.call("expand", mask, w.batch, 1, w.length, w.length)
     return mask
+
+
+def _mask_of_keys(w: Writer) -> Var:
+    """Which keys are real, ``(B, 1, 1, S)``."""
+    keep, spelling = w.keep(), w.rng.randrange(3)
+    if spelling == 0:
+        return w.item(keep, slice(None), None, None, slice(None))
+    if spelling == 1:
+        return w.call("view", keep, w.batch, 1, 1, w.length)
+    return w.call("unsqueeze", w.call("unsqueeze", keep, 1), 2)
 
 
 def _lift(w: Writer, mask: Var) -> Var:

@@ -96,8 +96,7 @@ def _positions(w: Writer) -> Var:
         table = w.parameter(w.length + 2, w.width)
         return w.item(table, slice(None, w.length))
     if kind == 2:
-        table = w.parameter(1, w.length, w.width)
-        return table
+        return w.parameter(1, w.length, w.width)
     at = w.call("__add__", w.call("to", w.positions(), FLOAT), 0.5)
     rates = w.argument(w.randn(w.width // 2))
     angles = w.call(torch.outer, at, rates)

@@ -76,13 +76,14 @@ def _plain_settings(program: Program) -> Iterator[Program]:
         yield replace(program, size=2)
     if program.dtype != torch.float64:
         yield replace(program, dtype=torch.float64)
-    for name, plain in (
-        ("layout", "contiguous"),
-        ("stages", "auto"),
-        ("kernel", "auto"),
+    options = program.options
+    for plain in (
+        replace(options, layout="contiguous"),
+        replace(options, stages="auto"),
+        replace(options, kernel="auto"),
     ):
-        if getattr(program.options, name) != plain:
-            yield replace(program, options=replace(program.options, **{name: plain}))
+        if plain != options:
+            yield replace(program, options=plain)
 
 
 def _fewer_gradients(program: Program) -> Iterator[Program]:

@@ -67,22 +67,20 @@ def use_scalar(w: Writer, x: Var) -> Var:
 
 
 def over_features(w: Writer, x: Var) -> Var:
-    kind = w.rng.randrange(7)
+    kind = w.rng.randrange(4)
     if kind == 0:
         return w.call(w.pick(torch.softmax, torch.log_softmax), x, -1)
     if kind == 1:
         return w.call("__sub__", x, w.call("mean", x, -1, keepdim=True))
     if kind == 2:
-        return w.call("cumsum", x, -1)
-    if kind == 3:
-        return w.call(torch.roll, x, 1, -1)
-    if kind == 4:
-        return w.call("flip", x, -1)
-    if kind == 5:
         return w.call("__mul__", x, w.call(torch.logsumexp, x, -1, keepdim=True))
-    return w.call(
-        "__truediv__", x, w.call("__add__", w.call("norm", x, 2, -1, True), 1.0)
-    )
+    size = w.call("norm", x, 2, -1, True)
+    return w.call("__truediv__", x, w.call("__add__", size, 1.0))
+
+
+def move_features(w: Writer, x: Var) -> Var:
+    move = w.pick(("cumsum", -1), ("roll", 1, -1), ("flip", -1))
+    return w.call(move[0], x, *move[1:])
 
 
 def cut_features(w: Writer, x: Var) -> Var:
@@ -154,7 +152,15 @@ def route(w: Writer, x: Var) -> Var:
 
 TOKENWISE: tuple[Step, ...] = (
     *(project, normalize, normalize, activate, activate, gate, scale_features),
-    *(use_scalar, over_features, cut_features, compare, leave_graph, route),
+    *(
+        use_scalar,
+        over_features,
+        move_features,
+        cut_features,
+        compare,
+        leave_graph,
+        route,
+    ),
     write_in_place,
 )
 
@@ -202,25 +208,29 @@ def add_pooled(w: Writer, x: Var) -> Var:
 
 
 def shift(w: Writer, x: Var) -> Var:
-    kind = w.rng.randrange(8)
+    kind = w.rng.randrange(4)
     if kind == 0:
-        return w.call("cumsum", x, 1)
-    if kind == 1:
-        return w.call(torch.roll, x, w.pick(1, -1, 2), 1)
-    if kind == 2:
-        return w.call("flip", x, (1,))
-    if kind == 3:
         return w.call(F.pad, w.item(x, ALL, slice(1, None)), (0, 0, 0, 1))
-    if kind == 4:
+    if kind == 1:
         return w.call(F.pad, w.item(x, ALL, slice(None, -1)), (0, 0, 1, 0))
-    if kind == 5:
+    if kind == 2:
         first, rest = w.item(x, ALL, slice(None, 1)), w.item(x, ALL, slice(1, None))
         return w.call(torch.cat, (rest, first), 1)
-    if kind == 6:
-        return w.call("softmax", x, 1)
     order = w.argument(torch.randperm(w.length, generator=w.generator))
-    picked = w.item(x, ALL, order)
-    return w.call("__add__", x, picked)
+    return w.call("__add__", x, w.item(x, ALL, order))
+
+
+def along(w: Writer, x: Var) -> Var:
+    """One op that runs along the sequence."""
+    kinds = (
+        ("cumsum", 1),
+        ("roll", 1, 1),
+        ("roll", -1, 1),
+        ("flip", 1),
+        ("softmax", 1),
+    )
+    kind = w.pick(*kinds)
+    return w.call(kind[0], x, *kind[1:])
 
 
 def by_position(w: Writer, x: Var) -> Var:
@@ -263,32 +273,16 @@ def mix(w: Writer, x: Var) -> Var:
     return w.call("transpose", y, 1, 2)
 
 
-def detour(w: Writer, x: Var) -> Var:
-    """Dims there and back, something done on the way."""
-    kind = w.rng.randrange(7)
+def turn(w: Writer, x: Var) -> Var:
+    """Dims moved there and back, something done on the way."""
+    kind = w.rng.randrange(4)
     if kind == 0:
         y = w.call("sin", w.call("transpose", x, 1, 2))
-        return w.call("mT" if False else "transpose", y, -1, -2)
+        return w.call("transpose", y, -1, -2)
     if kind == 1:
-        flat = w.call("reshape", x, -1)
-        y = w.call("__mul__", flat, 1.5)
-        return w.call("view", y, w.batch, w.length, w.width)
+        dim = w.rng.randrange(3)
+        return w.call("squeeze", w.call("cos", w.call("unsqueeze", x, dim)), dim)
     if kind == 2:
-        y = w.call("reshape", x, w.batch, w.length * 2, w.width // 2)
-        return w.call("reshape", w.call("tanh", y), w.batch, w.length, w.width)
-    if kind == 3:
-        y = w.call("reshape", x, w.batch, w.length, 2, w.width // 2)
-        y = w.call("permute", y, 2, 0, 1, 3)
-        return w.call("__add__", x, w.call("repeat", w.item(y, 1), 1, 1, 2))
-    if kind == 4:
-        y = w.call("unsqueeze", x, w.pick(1, 2, 0))
-        dim = next(
-            d
-            for d in range(3)
-            if y.shape[d] == 1 and y.shape[:d] + y.shape[d + 1 :] == x.shape
-        )
-        return w.call("squeeze", w.call("cos", y), dim)
-    if kind == 5:
         y = w.call("permute", x, 2, 1, 0)
         y = w.call("__mul__", y, w.parameter(w.width, 1, 1, scale=1.0))
         return w.call("permute", y, 2, 1, 0)
@@ -297,9 +291,24 @@ def detour(w: Writer, x: Var) -> Var:
     return w.call("transpose", y, 0, 1)
 
 
+def regroup(w: Writer, x: Var) -> Var:
+    """Dims joined or split and restored, something done on the way."""
+    sizes, half = (w.batch, w.length, w.width), w.width // 2
+    kind = w.rng.randrange(3)
+    if kind == 0:
+        y = w.call("__mul__", w.call("reshape", x, -1), 1.5)
+        return w.call("view", y, *sizes)
+    if kind == 1:
+        y = w.call("reshape", x, w.batch, w.length * 2, half)
+        return w.call("reshape", w.call("tanh", y), *sizes)
+    y = w.call("reshape", x, w.batch, w.length, 2, half)
+    y = w.call("permute", y, 2, 0, 1, 3)
+    return w.call("__add__", x, w.call("repeat", w.item(y, 1), 1, 1, 2))
+
+
 ALONG_SEQUENCE: tuple[Step, ...] = (
-    *(add_mean, add_mean, add_pooled, add_pooled, shift, by_position, by_position),
-    *(mix, detour, detour),
+    *(add_mean, add_mean, add_pooled, add_pooled, shift, along, by_position),
+    *(by_position, mix, turn, regroup),
 )
 
 

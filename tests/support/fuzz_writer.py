@@ -8,7 +8,7 @@ import operator
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from support.fuzz_program import Input, Line, Number, Ref, evaluate
+
+T = TypeVar("T")
 
 FLOAT, LOWEST = Number.FLOAT, Number.LOWEST
 
@@ -144,7 +146,7 @@ class Writer:
         """``x[index]``."""
         return self.call(operator.getitem, x, index if len(index) > 1 else index[0])
 
-    def attempt(self, step: Callable[..., Var], *args: Any) -> Var | None:  # noqa: ANN401
+    def attempt(self, step: Callable[..., T], *args: Any) -> T | None:  # noqa: ANN401
         """A step's result; None if it was taken back."""
         lines, inputs, memo = len(self.lines), dict(self.inputs), dict(self._memo)
         shared = len(self.shared_kv)
