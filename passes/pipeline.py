@@ -20,7 +20,7 @@ from ringcompile.ir.attention import Bias, Dropout, RankPlan
 from ringcompile.ir.layout import Layout, Side
 from ringcompile.ir.mask import FALSE, later_keys
 from ringcompile.ir.reshard import ReshardSpec, format_spec
-from ringcompile.ir.schedule import PartSpec, Schedule
+from ringcompile.ir.schedule import MixedParts, PartSpec, Schedule
 from ringcompile.ir.text import format_plan
 from ringcompile.mesh import Ranks
 from ringcompile.passes.autocast import spell_autocast
@@ -280,7 +280,16 @@ class _Attention:
         heads, kv_heads = (int(o.shape[1]) for o in (region.q, region.k))
         is_causal = later_keys(region.mask.keeps) == FALSE
         spec = AttentionSpec(heads, kv_heads, length, is_causal)
-        return pattern.build_parts(region.mask, spec)
+        parts = pattern.build_parts(region.mask, spec)
+        is_mixed = isinstance(parts, MixedParts) and parts.mixing.is_detached
+        if is_mixed and region.sinks is not None:
+            raise OptionError(
+                f"{pattern} on an attention with sinks",
+                at=region.where,
+                because="a sink has no share in weights that count as constants",
+                instead='weights="joint"',
+            )
+        return parts
 
 
 class _Planner:

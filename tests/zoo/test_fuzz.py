@@ -96,6 +96,6 @@ class _Twice(_Sum):
 
 
 def test_the_fuzzer_finds_a_planted_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_COLLECTORS, torch.ops.aten.mean, _Twice())
+    monkeypatch.setitem(_COLLECTORS, torch.ops.aten.mean, (_Twice(),))
     programs = (write_program(seed, is_small=True) for seed in range(100))
     assert any(check_program(p).verdict is Verdict.WRONG for p in programs)
