@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from support.compiling import Record, compile_ring
 from support.lookalikes import alone, beside_attention
 from support.spellings import Spelling, build_spelling, find_spelling, make_inputs
-from support.spine_models import _Float64
+from support.spine_models import Float64
 from support.tolerances import assert_gradients_equal, assert_output_equal
 
 Outcome = tuple[Tensor, dict[str, Tensor | None]]
@@ -71,7 +71,7 @@ def make_call(
 def run_eager(spelling: Spelling) -> Outcome:
     """The same in eager float64."""
     model, inputs = make_call(spelling, torch.float64, alike=True)
-    with _Float64():
+    with Float64():
         return _run(model, model, inputs)
 
 
