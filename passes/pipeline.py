@@ -260,9 +260,8 @@ def _read_sharding(
     gathers = options.outputs == "gathered"
     if options.grads == "summed":
         return Sharding(axes, gathers)
-    factors = (1.0, 1.0 / ranks.size)
-    if options.local_scale == "mean":
-        factors = (float(ranks.size), 1.0)
+    by_shards = float(ranks.size) if options.local_scale == "mean" else 1.0
+    factors = (by_shards, options.replicated_factor(ranks.size))
     return Sharding(axes, gathers, param_factors=factors, sums_grads=False)
 
 

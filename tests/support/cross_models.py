@@ -114,7 +114,8 @@ class EncoderDecoder(nn.Module):
             self.encoder(self._embed(source), None, padding[:, None, None])
         )
         y = self.decoder(self._embed(target), memory, padding)
-        return y @ self.tokens.weight.mT
+        logits: Tensor = y @ self.tokens.weight.mT
+        return logits
 
     def _embed(self, ids: Tensor) -> Tensor:
         places = self.places(torch.arange(ids.shape[1]))
@@ -179,11 +180,8 @@ class Plain(nn.Module):
         self.out = nn.Linear(E, E)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        y = self.read._attend(
-            *(t.unflatten(2, (H, -1)).transpose(1, 2) for t in (x, memory, memory)),
-            kept=None,
-            is_causal=False,
-        )
+        q, k = (t.unflatten(2, (H, -1)).transpose(1, 2) for t in (x, memory))
+        y = self.read._attend(q, k, k, None, is_causal=False)
         out: Tensor = self.out(self.norm(y.transpose(1, 2).flatten(2)))
         return out
 
@@ -226,10 +224,9 @@ def make_inputs(name: str, lengths: tuple[int, int]) -> tuple[Tensor, ...]:
         ids = (torch.randint(VOCABULARY, s, generator=random) for s in sizes)
         return *ids, padding
     if name in {"pixels", "cached"}:
+        x = torch.randn(2, S, E, generator=random)
         size = (2, 3, 4, keys) if name == "pixels" else (2, H, keys, E // H)
-        sizes = ((2, S, E), size)
-        x, other = (torch.randn(s, generator=random).double() for s in sizes)
-        return x, other
+        return x.double(), torch.randn(size, generator=random).double()
     x, memory = (torch.randn(2, n, E, generator=random).double() for n in lengths)
     if name == "plain":
         return x, memory

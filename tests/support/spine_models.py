@@ -228,7 +228,7 @@ class Float64(TorchFunctionMode):
         if func is Tensor.to:
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)
         if getattr(func, "__name__", "") == "_grouped_mm":  # of F.grouped_mm
-            return _multiply_groups(*args, kwargs["offs"])
+            return _multiply_groups(args[0], args[1], kwargs["offs"])
         return func(*args, **kwargs)
 
 

@@ -4,11 +4,15 @@ from typing import Any
 
 from support.zoo_rows import BOTH, EAGER, VOCABULARY, Attention, Build, ZooModel, tokens
 
-HEAD_DIM = {"head_dim": 8}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-WINDOW = {"sliding_window": 24}
-MLA = {
+HEAD_DIM: dict[str, Any] = {"head_dim": 8}
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+LOCAL_EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+WINDOW: dict[str, Any] = {"sliding_window": 24}
+MLA: dict[str, Any] = {
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
     "qk_rope_head_dim": 4,
@@ -33,7 +37,7 @@ def decoder(
     **settings: Any,  # noqa: ANN401
 ) -> ZooModel:
     """A row of a causal language model with the usual names in its config."""
-    usual = {
+    usual: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
         "intermediate_size": 48,

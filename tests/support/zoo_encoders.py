@@ -31,7 +31,7 @@ def encoder(
     **settings: Any,  # noqa: ANN401
 ) -> ZooModel:
     """A row of a masked language model with the usual names in its config."""
-    usual = {
+    usual: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -54,7 +54,7 @@ def two_stacks(
     **settings: Any,  # noqa: ANN401
 ) -> ZooModel:
     """A row of an encoder-decoder in the manner of BART."""
-    usual = {
+    usual: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "d_model": 32,
         "encoder_layers": 2,
@@ -97,7 +97,7 @@ def boxes() -> Inputs:
     return padded() | {"bbox": torch.cat([corners, corners + 40], -1)}
 
 
-T5 = {
+T5: dict[str, Any] = {
     "d_kv": 8,
     "d_ff": 48,
     "num_layers": 2,
@@ -193,7 +193,7 @@ SEQUENCES = (
         max_target_positions=LENGTH,
     ),
 )
-WAVE = {
+WAVE: dict[str, Any] = {
     "conv_dim": (16, 16),
     "conv_stride": (5, 1),
     "conv_kernel": (5, 1),

@@ -55,13 +55,13 @@ def vision(name: str, **settings: Any) -> ZooModel:  # noqa: ANN401
         assert isinstance(model, nn.Module)
         for module in model.modules():
             if hasattr(module, "fused_attn"):
-                module.fused_attn = attention == "sdpa"
+                setattr(module, "fused_attn", attention == "sdpa")  # noqa: B010 - no declared field
         return model
 
     return ZooModel(f"timm {name}", "timm", build, lambda: {"x": image()})
 
 
-PLAIN = {"embed_dim": 32, "depth": 2, "num_heads": 4, "patch_size": 4}
+PLAIN: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 4, "patch_size": 4}
 TIMM = (
     vision("vit_tiny_patch16_224", **PLAIN),
     vision("deit_tiny_distilled_patch16_224", **PLAIN),

@@ -23,7 +23,7 @@ from support.zoo_rows import (
     tokens,
 )
 
-USUAL = {
+USUAL: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -31,7 +31,7 @@ USUAL = {
     "image_size": IMAGE,
     "patch_size": 4,
 }
-TEXT = {
+TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -127,9 +127,9 @@ def _swin(kind: str) -> Build:
     return Build(f"{kind}ForImageClassification", f"{kind}Config", settings)
 
 
-PAIR = {"text_config": TEXT, "vision_config": USUAL}
-CLIP = {"projection_dim": 16}
-VIDEO = {
+PAIR: dict[str, Any] = {"text_config": TEXT, "vision_config": USUAL}
+CLIP: dict[str, Any] = {"projection_dim": 16}
+VIDEO: dict[str, Any] = {
     "image_size": IMAGE // 2,
     "num_frames": 4,
     "make_inputs": video,
