@@ -38,7 +38,7 @@ class SoftMemory(nn.Module):
         self.values = nn.Parameter(torch.randn(S, E))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x @ self.keys * E**-0.5).softmax(-1) @ self.values
+        return (x @ self.keys * E**-0.5).softmax(-1) @ self.values  # type: ignore[no-any-return]
 
 
 class MemoryOfHeads(nn.Module):
@@ -52,7 +52,7 @@ class MemoryOfHeads(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q = x.unflatten(-1, (H, D)).transpose(1, 2)
         mixed = (q @ self.keys.mT * D**-0.5).softmax(-1) @ self.values
-        return mixed.transpose(1, 2).flatten(2)
+        return mixed.transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
 
 
 class Gate(nn.Module):
@@ -80,7 +80,7 @@ class Linear(nn.Module):
         )
         q, k = self.features(q), self.features(k)
         total = q @ k.sum(2, keepdim=True).mT
-        return ((q @ (k.mT @ v)) / total).transpose(1, 2).flatten(2)
+        return ((q @ (k.mT @ v)) / total).transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
 
 
 class Efficient(Linear):
@@ -94,7 +94,7 @@ class Efficient(Linear):
             f(x).unflatten(-1, (H, D)).transpose(1, 2) for f in (self.q, self.k, self.v)
         )
         context = k.softmax(dim=2).mT @ v
-        return (q.softmax(dim=-1) @ context).transpose(1, 2).flatten(2)
+        return (q.softmax(dim=-1) @ context).transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
 
 
 class OverHeads(nn.Module):
@@ -106,7 +106,7 @@ class OverHeads(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (H, D)) for f in (self.q, self.k, self.v))
-        return ((q @ k.mT * D**-0.5).softmax(-1) @ v).flatten(2)
+        return ((q @ k.mT * D**-0.5).softmax(-1) @ v).flatten(2)  # type: ignore[no-any-return]
 
 
 class OverChannels(nn.Module):
@@ -206,6 +206,8 @@ class ContrastiveLogits(nn.Module):
 class Quantised(nn.Module):
     """A codebook looked up softly, with a fixed noise: Gumbel's softmax."""
 
+    noise: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.codes = nn.Parameter(torch.randn(11, E))
@@ -214,7 +216,7 @@ class Quantised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weights = ((x @ self.codes.T + self.noise) / 0.7).softmax(-1)
-        return weights @ self.codes  # type: ignore[no-any-return]
+        return weights @ self.codes
 
 
 class SigmoidScores(nn.Module):

@@ -87,6 +87,9 @@ def write_on_the_input(s: Setting) -> Seen:
 
 def write_on_a_buffer(s: Setting) -> Seen:
     class Model(nn.Module):
+        mean: Tensor
+        last: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("mean", torch.zeros(E))
@@ -161,7 +164,7 @@ def complex_numbers(s: Setting) -> Seen:
     def fn(x: Tensor) -> Tensor:
         z = torch.complex(x, x.sin())
         y = attend(x)
-        return torch.fft.fft(z, dim=-1).abs() + y * z.angle()
+        return torch.fft.fft(z, dim=-1).abs() + y * z.angle()  # type: ignore[no-any-return]
 
     return s.step(fn, s.tokens())
 

@@ -1,5 +1,7 @@
 """Traps of gradients and hooks, and of ranks that differ."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -104,9 +106,13 @@ def forward_hook(s: Setting) -> Seen:
     return s.step(layer, s.tokens())
 
 
+def _double(_module: nn.Module, grads: Any, _given: Any) -> tuple[Tensor]:  # noqa: ANN401
+    return (grads[0] * 2,)
+
+
 def backward_hook(s: Setting) -> Seen:
     layer = _Layer().to(s.dtype)
-    layer.inner.register_full_backward_hook(lambda m, gi, go: (gi[0] * 2,))
+    layer.inner.register_full_backward_hook(_double)
     return s.step(layer, s.tokens())
 
 

@@ -132,6 +132,8 @@ def mask_buffer_changes(s: Setting) -> Seen:
     """The second call's mask is another, without a recompilation."""
 
     class Model(nn.Module):
+        kept: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("kept", torch.ones(S, S, dtype=torch.bool).tril())
@@ -149,6 +151,8 @@ def mask_buffer_changes(s: Setting) -> Seen:
 
 def float_mask_buffer_changes(s: Setting) -> Seen:
     class Model(nn.Module):
+        bias: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("bias", torch.full((S, S), -math.inf).triu(1))
@@ -176,6 +180,8 @@ def padding_comes_later(s: Setting) -> Seen:
 
 def scale_buffer_changes(s: Setting) -> Seen:
     class Model(nn.Module):
+        scale: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("scale", torch.tensor(0.5))

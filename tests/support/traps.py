@@ -72,7 +72,7 @@ def run_step(call: Callable[..., Any], *inputs: Tensor) -> Seen:
 
 def split(x: Tensor) -> Tensor:
     """(B, S, H * D) to (B, H, S, D)."""
-    return x.unflatten(-1, (-1, D)).transpose(1, 2)
+    return x.unflatten(-1, (-1, D)).transpose(1, 2)  # type: ignore[no-any-return]
 
 
 def merge(x: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class Run:
 
 def run_trap(group: ProcessGroup, rank: int, trap: Trap, run: Run) -> str:
     """``right``, or ``told:`` and the error; else what is wrong."""
-    shared = {
+    shared: dict[str, Any] = {
         "mesh": group,
         "unsupported": run.unsupported,
         "timeout_s": run.timeout_s,
@@ -138,9 +138,7 @@ def _leave(fn: Callable[..., Any], **_options: object) -> Callable[..., Any]:
     return fn
 
 
-def _compile(
-    fn: Callable[..., Any], options: Mapping[str, object]
-) -> Callable[..., Any]:
+def _compile(fn: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
     return torch.compile(fn, backend=backend.ring, options=dict(options))
 
 
