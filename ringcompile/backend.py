@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch.fx import GraphModule
 
 from ringcompile.config import RingOptions
-from ringcompile.errors import UnsupportedAttentionError
+from ringcompile.errors import OptionError, UnsupportedAttentionError
 from ringcompile.lowering.inductor import (
     inductor_patches,
     require_kernel,
@@ -27,6 +27,7 @@ from ringcompile.plan.check import check_schedule
 from ringcompile.preset import read_options
 from ringcompile.torch_private import (
     compile_with_inductor,
+    find_running_modules,
     is_split_by_ddp,
     mode_patches,
 )
@@ -63,6 +64,8 @@ def ring(
     if ranks.is_alone and chosen.is_exact:
         return compile_with_inductor(gm, example_inputs, patches)
 
+    if chosen.replicated_factor(ranks.size) != 1:
+        _require_whole_model()
     if is_split_by_ddp():
         _say_split(chosen)
     made = _rewrite(gm, example_inputs, chosen, ranks)
@@ -97,6 +100,24 @@ def rewrite(
     """
     chosen = read_options(options)
     return _rewrite(gm, example_inputs, chosen, find_ranks(chosen.mesh)).gm
+
+
+def _require_whole_model() -> None:
+    """Refuse to divide gradients of a part of a model; the rest of it can't be."""
+    modules = find_running_modules()
+    if not modules:
+        return
+    inside = set(modules[-1].parameters())
+    outside = [n for n, p in modules[0].named_parameters() if p not in inside]
+    if outside:
+        raise OptionError(
+            'local_scale="sum" on a part of a model',
+            at=type(modules[-1]).__name__,
+            because=f"{outside[0]} and others outside of it have whole gradients on"
+            " every rank, and a sum over ranks counts those P times",
+            instead='local_scale="mean" with a wrapper that averages, or a model'
+            " without graph breaks",
+        )
 
 
 def _say_split(options: RingOptions) -> None:

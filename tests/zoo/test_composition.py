@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from support.ranks import RankPool
+from support.ranks import RankError, RankPool
 from support.training import (
     VOCABULARY,
     assert_curves_equal,
@@ -62,6 +62,7 @@ def shard_parameters(
         for module in model.modules():
             if isinstance(module, torch.distributed.fsdp.FSDPModule):
                 module.set_gradient_divide_factor(num_batches)
+                module.set_force_sum_reduction_for_comms(True)  # all that gloo has
     options = {"grads": "local", "local_scale": scale}
     batches = [b.chunk(num_batches)[mine] for b in make_batches(batch=2 * num_batches)]
     with without_codegen() as found:
@@ -83,7 +84,7 @@ def average(losses: Sequence[float], group: ProcessGroup) -> list[float]:
     [
         ((4,), False, "mean"),
         ((4,), True, "mean"),
-        ((4,), True, "sum"),
+        pytest.param((4,), False, "sum", marks=pytest.mark.slow),
         pytest.param((2, 2), False, "sum", marks=pytest.mark.slow),
         pytest.param((2, 2), True, "mean", marks=pytest.mark.slow),
     ],
@@ -92,6 +93,49 @@ def test_fsdp2(
     ranks: RankPool, shape: tuple[int, ...], by_block: bool, scale: str
 ) -> None:
     ranks.run(shard_parameters, shape, by_block, scale, world_size=4)
+
+
+def test_a_sum_over_ranks_of_a_part_is_refused(ranks: RankPool) -> None:
+    """What runs outside of the blocks' graphs can't be divided by P."""
+    with pytest.raises(RankError, match='local_scale="sum" on a part of a model'):
+        ranks.run(shard_parameters, (4,), True, "sum", world_size=4)
+
+
+class TwoGraphs(nn.Module):
+    """Attention in the first graph, a head in the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(VOCABULARY, 16)
+        self.head = nn.Linear(16, VOCABULARY)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)[:, None]
+        x = F.scaled_dot_product_attention(x, x, x, is_causal=True)[:, 0]
+        torch._dynamo.graph_break()
+        return F.cross_entropy(self.head(x).flatten(0, 1), ids.flatten())
+
+
+def sum_local_gradients(group: ProcessGroup, rank: int, scale: str) -> None:
+    (ids,) = make_batches(1)
+    (want := TwoGraphs())(ids).backward()
+    model = TwoGraphs()
+    with without_codegen() as found:
+        ring(model, group, {"grads": "local", "local_scale": scale})(ids).backward()
+    assert [len(made.attentions) for made in found] == [1, 0]
+    for p, q in zip(model.parameters(), want.parameters(), strict=True):
+        assert p.grad is not None
+        dist.all_reduce(p.grad, group=group)
+        p.grad /= 1 if scale == "sum" else dist.get_world_size(group)
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("scale", ["mean", "sum"])
+def test_local_gradients_of_a_graph_without_attention(
+    ranks: RankPool, scale: str
+) -> None:
+    ranks.run(sum_local_gradients, scale)
 
 
 def wrap_in_ddp(
