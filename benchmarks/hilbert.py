@@ -145,8 +145,8 @@ def _attend_blocks(tensors: list[Tensor], mask: Mask, order: str) -> None:
     at = torch.arange(q.shape[2], device=q.device)[None]
     scale = q.shape[3] ** -0.5
     options = {"mask": format_mask(mask), "scale": scale, "block_order": order}
-    out, lse = ops.MASKED_ATTENTION(q, k, v, at, at, [], **options)
-    ops.MASKED_ATTENTION_BACKWARD(grad, q, k, v, out, lse, at, at, [], **options)
+    out, lse = ops.MASKED_ATTENTION(q, k, v, at, at, [], [], **options)
+    ops.MASKED_ATTENTION_BACKWARD(grad, q, k, v, out, lse, at, at, [], [], **options)
 
 
 def _run_rank(rank: int, store: str, args: argparse.Namespace) -> None:

@@ -3,8 +3,12 @@
 Invariant: rows that have a key are untouched, in value and gradient.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ringcompile import ops
 from ringcompile.ir.attention import RankPlan
@@ -16,34 +20,86 @@ from ringcompile.lowering.reshard import reduce_partial, spread
 
 
 def fill_empty_rows(
-    out: Tensor, lse: Tensor, qkv: tuple[Tensor, Tensor, Tensor], *, plan: RankPlan
+    out: Tensor,
+    lse: Tensor | None,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    biases: Sequence[Tensor] = (),
+    *,
+    plan: RankPlan,
 ) -> Tensor:
     """Give rows whose lse is -inf what the user's mask means for them.
 
     Args:
         out: merged output, ``(B, H, T, E)``.
-        lse: merged lse, ``(B, H, T)``.
+        lse: merged lse, ``(B, H, T)``; None where each row has a key, if only a sink.
         qkv: this rank's rows of q ``(B, H, T, D)``, k and v.
+        biases: of scores.
         plan: the attention's plan.
 
     Returns:
         ``out`` with such rows replaced.
     """
-    return _fill_pads(_fill_empty(out, lse, qkv, plan), qkv[2], plan)
+    if lse is not None:
+        is_empty = (lse == -torch.inf)[..., None]
+        out = _fill_empty(out, is_empty, qkv, plan)
+        if _passes_scores(plan) and plan.changes_scores:
+            out = _Unknown.apply(out, is_empty, *qkv[:2], *biases)  # type: ignore[no-untyped-call]
+    return _fill_pads(out, qkv[2], plan)
 
 
 def _fill_empty(
-    out: Tensor, lse: Tensor, qkv: tuple[Tensor, Tensor, Tensor], plan: RankPlan
+    out: Tensor, is_empty: Tensor, qkv: tuple[Tensor, Tensor, Tensor], plan: RankPlan
 ) -> Tensor:
     mask = plan.schedule.parts[0].mask
     if mask.empty_row is EmptyRow.ZERO:
         return out
-    is_empty = (lse == -torch.inf)[..., None]
     if mask.empty_row is EmptyRow.NAN:
         return torch.where(is_empty, torch.nan, out)
-    passes_scores = mask.empty_row is EmptyRow.MEAN_ALL
+    passes_scores = _passes_scores(plan) and not plan.changes_scores
     mean = _mean_of_all(*qkv, plan, passes_scores=passes_scores)
     return torch.where(is_empty, mean.to(out.dtype), out)
+
+
+def _passes_scores(plan: RankPlan) -> bool:
+    """Whether the scores of rows without a key have a gradient."""
+    return plan.schedule.parts[0].mask.empty_row is EmptyRow.MEAN_ALL
+
+
+class _Unknown(torch.autograd.Function):
+    """The output, where rows without a key pass no gradient on to what changes scores.
+
+    It would take all keys and values on each rank: the moment that ``_mean_of_all``
+    sums up serves products alone. Mostly there is none to pass on, as nothing reads
+    what such a row gives; where there is, all of q, k and biases get NaN.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - autograd's
+        out: Tensor,
+        is_empty: Tensor,
+        *scored: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(is_empty)
+        ctx.like = [(x.shape, x.dtype) for x in scored]
+        return out.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,  # noqa: ANN401 - autograd's
+        grad_out: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        (is_empty,) = ctx.saved_tensors
+        is_read = (is_empty & (grad_out != 0)).any()
+        unknown = torch.where(is_read, torch.nan, 0.0)
+        grads = (
+            unknown.to(dtype).expand(shape) if needed else None
+            for needed, (shape, dtype) in zip(
+                ctx.needs_input_grad[2:], ctx.like, strict=True
+            )
+        )
+        return grad_out, None, *grads
 
 
 def _fill_pads(out: Tensor, v: Tensor, plan: RankPlan) -> Tensor:

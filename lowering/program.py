@@ -28,6 +28,7 @@ from ringcompile.lowering.rows import (
     Values,
     shift,
 )
+from ringcompile.lowering.scores import PartBias
 from ringcompile.lowering.selected import TableSpec, find_runs, find_selected
 from ringcompile.torch_private import outside_tracing
 
@@ -70,6 +71,7 @@ class PartProgram:
         captures: what the mask reads.
         frame: the shards that all of these rows lie in.
         is_selected: whether heads may have rows of their own.
+        biases: what is added to scores, of the part's queries.
     """
 
     queries: RowSet
@@ -78,6 +80,7 @@ class PartProgram:
     captures: tuple[Tensor, ...]
     frame: "Frame"
     is_selected: bool
+    biases: tuple[PartBias, ...] = ()
 
     @property
     def tiles(self) -> Iterator[TileProgram]:
@@ -161,7 +164,11 @@ class Frame:
 
 
 def build_program(
-    plan_text: str, q: Tensor, k: Tensor, captures: Sequence[Tensor]
+    plan_text: str,
+    q: Tensor,
+    k: Tensor,
+    captures: Sequence[Tensor],
+    biases: Sequence[PartBias] = (),
 ) -> tuple[PartProgram, ...]:
     """Read a plan for shards as long as ``q`` and ``k``, ``(B, H, T, D)``."""
     plan = read_plan(plan_text)
@@ -182,11 +189,13 @@ def build_program(
                 tuple(replace(t, number=n) for n, t in enumerate(tiles, number))
             )
             number += len(stage)
-        mask = format_mask(part.mask)
+        mask, is_selected = format_mask(part.mask), part.selection is not None
+        own = (x.take(queries, q.shape[1], by_head=is_selected) for x in biases)
         parts.append(
             PartProgram(
                 *(queries, tuple(stages), mask, tuple(captures), frame),
-                is_selected=part.selection is not None,
+                is_selected=is_selected,
+                biases=tuple(own),
             )
         )
     return tuple(parts)

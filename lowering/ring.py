@@ -9,14 +9,16 @@ every arrival, so that no compiler drops one rank's half of a hop.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringcompile import ops
+from ringcompile.ir.attention import RankPlan
 from ringcompile.lowering.adaptive import choose_blocks
+from ringcompile.lowering.bias_sums import BiasSums
 from ringcompile.lowering.empty_rows import fill_empty_rows
 from ringcompile.lowering.hops import Flight, Hops, Phase, keep, touch
 from ringcompile.lowering.merge import merge
@@ -27,11 +29,20 @@ from ringcompile.lowering.program import (
     read_plan,
 )
 from ringcompile.lowering.rows import RowSet, Segments, Size, Values
+from ringcompile.lowering.scores import (
+    add_sinks,
+    find_level,
+    read_biases,
+    sink_gradient,
+    sink_scores,
+)
 from ringcompile.lowering.tiles.pieces import (
     BlockSums,
     attend_piece,
     piece_gradients,
 )
+
+_T = TypeVar("_T")
 
 
 def ring_attention(  # noqa: PLR0913 - the op's schema
@@ -58,17 +69,16 @@ def ring_attention(  # noqa: PLR0913 - the op's schema
     Returns:
         ``(B, H, T, E)`` in the dtype of ``q``.
     """
-    assert not biases, "not lowered yet"
-    assert sinks is None, "not lowered yet"
     device = q.device.type
     if torch.is_autocast_enabled(device):  # as torch's own attention is autocast
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     with torch.autocast(device, enabled=False):
         known, shares = choose_blocks(q, k, captures, plan=plan)
-        out, lse = _Ring.apply(plan, shares, q, k, v, *known)  # type: ignore[no-untyped-call]
+        out, lse = _Ring.apply(plan, shares, q, k, v, sinks, *biases, *known)  # type: ignore[no-untyped-call]
         divisor = read_plan(plan).schedule.mixing.divisor
         out = out if divisor == 1 else out / divisor
-        return fill_empty_rows(out, lse, (q, k, v), plan=read_plan(plan))
+        lse = lse if sinks is None else None
+        return fill_empty_rows(out, lse, (q, k, v), biases, plan=read_plan(plan))
 
 
 ops.LIBRARY.impl("ring_attention", ring_attention, "CompositeImplicitAutograd")
@@ -76,32 +86,40 @@ ops.LIBRARY.impl("ring_attention", ring_attention, "CompositeImplicitAutograd")
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913, PLR0917 - the op's tensors
         ctx: Any,  # noqa: ANN401 - autograd's
         plan_text: str,
         shares: Tensor | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        *captures: Tensor,
+        sinks: Tensor | None,
+        *rest: Tensor,
     ) -> Values:
-        hops = _hops_of(plan_text)
+        plan, hops = read_plan(plan_text), _hops_of(plan_text)
+        tensors, captures = _split(plan, rest)
         own_outs: list[Tensor] = []
 
         def attend(part: PartProgram) -> Values:
             out, lse = _attend_part(part, hops, q, (k, v))
-            if _is_detached(plan_text):
+            if plan.schedule.mixing.is_detached:
                 own_outs.append(out.to(q.dtype))
             return part.queries.place((out, lse))[1]
 
-        parts = build_program(plan_text, q, k, captures)
+        level = find_level(plan, tensors)
+        biases = read_biases(plan, tensors, level)
+        parts = build_program(plan_text, q, k, captures, biases)
         out, lse = reduce(_merge, map(attend, parts))
+        if sinks is not None:
+            assert not own_outs, "detached weights say nothing of a sink's"
+            scores = sink_scores(sinks, level, lse)
+            out, lse = add_sinks(out, lse, scores)
         # Saved, and in this order, hops are not replayed under checkpointing: lse has
         # no reader in forward and would be recomputed, ring and all (FACTS.md 2.3).
         lse = keep(touch(lse, hops.idle))
         outs = [keep(own) for own in own_outs]
         out = keep(out.to(q.dtype), [lse, *outs])
-        ctx.save_for_backward(q, k, v, lse, *captures, *(outs or [out]))
+        ctx.save_for_backward(q, k, v, sinks, lse, *rest, *(outs or [out]))
         ctx.plan_text = plan_text
         ctx.num_blocks = None if shares is None else shares.shape[-1]
         ctx.mark_non_differentiable(lse)
@@ -114,17 +132,25 @@ class _Ring(torch.autograd.Function):
         grad_out: Tensor,
         _grad_lse: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        is_needed = ctx.needs_input_grad[2:5]
-        num_captures = len(ctx.needs_input_grad[5:])
-        q, k, v, lse, *rest = ctx.saved_tensors
-        captures, outs = rest[:num_captures], rest[num_captures:]
+        plan = read_plan(ctx.plan_text)
+        is_needed, rest_needed = ctx.needs_input_grad[2:5], ctx.needs_input_grad[6:]
+        learned, _ = _split(plan, rest_needed)
+        q, k, v, sinks, lse, *saved = ctx.saved_tensors
+        rest, outs = saved[: len(rest_needed)], saved[len(rest_needed) :]
+        tensors, captures = _split(plan, rest)
         # Behind the tangent, KV is not fetched in forward and saved (FACTS.md 2.3).
         hops = _hops_of(ctx.plan_text, after=[grad_out])
         lse = torch.where(lse == -torch.inf, torch.inf, lse)
         shard = _Shard(grad_out.contiguous(), q, k, v, lse)
-        parts = build_program(ctx.plan_text, q, k, captures)
+        level = find_level(plan, tensors)
+        biases = read_biases(plan, tensors, level, learned)
+        parts = build_program(ctx.plan_text, q, k, captures, biases)
         of_blocks = None if ctx.num_blocks is None else BlockSums(ctx.num_blocks)
-        if not _is_detached(ctx.plan_text):
+        d_sinks = None
+        if ctx.needs_input_grad[5]:
+            scores = sink_scores(sinks, level, lse)
+            d_sinks = sink_gradient(grad_out, outs[0], lse, scores).to(sinks.dtype)
+        if not plan.schedule.mixing.is_detached:
             outs = [part.queries.take(outs[0]) for part in parts]
         grads = reduce(
             _add,
@@ -137,10 +163,24 @@ class _Ring(torch.autograd.Function):
         )
         dq, dk, dv = (
             touch(grad.to(x.dtype), hops.idle) if needed else None
-            for grad, x, needed in zip(grads, (q, k, v), is_needed, strict=True)
+            for grad, x, needed in zip(grads[:3], (q, k, v), is_needed, strict=True)
         )
-        d_shares = None if of_blocks is None else of_blocks.total()
-        return None, d_shares, dq, dk, dv, *(None for _ in captures)
+        d_shares = None
+        if of_blocks is not None:
+            d_shares = touch(of_blocks.total(), hops.idle)
+        summed = iter(grads[3:])
+        d_biases = (
+            touch(next(summed).to(x.dtype), hops.idle) if needed else None
+            for x, needed in zip(tensors, learned, strict=True)
+        )
+        d_captures = (None for _ in captures)
+        return None, d_shares, dq, dk, dv, d_sinks, *d_biases, *d_captures
+
+
+def _split(plan: RankPlan, rest: Sequence[_T]) -> tuple[list[_T], list[_T]]:
+    """What is of biases and what of captures."""
+    count = len(plan.biases)
+    return list(rest[:count]), list(rest[count:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +192,6 @@ class _Shard:
     k: Tensor
     v: Tensor
     lse: Tensor
-
-
-def _is_detached(plan_text: str) -> bool:
-    """Whether backward reads each part's own output, not the merged one."""
-    return read_plan(plan_text).schedule.mixing.is_detached
 
 
 def _hops_of(plan_text: str, after: Sequence[Tensor] = ()) -> Hops:
@@ -241,7 +276,7 @@ def _part_gradients(
     *,
     returns: bool,
 ) -> Values:
-    """dq, dk and dv of one part, over all rows of the shard.
+    """dq, dk, dv and those of biases of one part, over all rows of the shard.
 
     ``out``: the part's rows of the output whose weights pass gradients on.
     ``of_blocks``: where gradients of blocks' scores are summed up, if those learn.
@@ -250,6 +285,7 @@ def _part_gradients(
     grad_out, q, lse = map(part.queries.take, (shard.grad_out, shard.q, shard.lse))
     queries = (grad_out, q, out, lse)
     kv = (shard.k, shard.v)
+    of_biases = BiasSums(part, ops.accumulation_dtype(q.dtype))
     dq, home = part.query_segments(_add), part.kv_segments(_add)
     under_way: list[tuple[TileProgram, Flight]] = []
     for stage in _stages(part, hops, Phase.BACKWARD_KV, kv):
@@ -257,7 +293,7 @@ def _part_gradients(
         for tile, tile_kv in stage:
             dkv = _zeros(kv, 0)
             if tile.reads is not None:
-                dkv = _tile_gradients(part, tile, queries, tile_kv, dq)
+                dkv = _tile_gradients(*(part, tile, queries, tile_kv), dq, of_biases)
             if of_blocks is not None:
                 of_blocks.add(part, tile, queries, tile_kv)
             if not tile.is_own and returns:
@@ -268,16 +304,23 @@ def _part_gradients(
     _land_home(under_way, hops, home)
     _, (dq_shard,) = part.queries.place(dq.join(lambda n: _zeros((shard.q,), n)))
     dk, dv = home.join(lambda n: _zeros(kv, n))
-    return dq_shard, dk, dv
+    return dq_shard, dk, dv, *of_biases.place()
 
 
 def _tile_gradients(
-    part: PartProgram, tile: TileProgram, queries: Values, kv: Values, dq: Segments
+    part: PartProgram,
+    tile: TileProgram,
+    queries: Values,
+    kv: Values,
+    dq: Segments,
+    of_biases: BiasSums,
 ) -> Values:
-    """Add to ``dq`` and give dk and dv of the KV rows that the tile reads."""
+    """Add to ``dq`` and ``of_biases``; give dk and dv of the KV rows the tile reads."""
     dkv = part.tile_segments(tile, _add)
     for piece in tile.pieces:
-        piece_dq, *piece_dkv = piece_gradients(part, tile, piece, queries, kv)
+        piece_dq, *piece_dkv = piece_gradients(
+            *(part, tile, piece, queries, kv), of_biases
+        )
         dq.add(piece.q, (piece_dq.to(ops.accumulation_dtype(piece_dq.dtype)),))
         dkv.add(
             piece.kv, tuple(x.to(ops.accumulation_dtype(x.dtype)) for x in piece_dkv)

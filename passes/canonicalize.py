@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ringcompile.passes.memory import find_base, find_written, writes_memory
 from ringcompile.passes.op import Op, is_tensor, read_op, schema_of, shape_of
+from ringcompile.passes.view_writes import write_through_views
 from ringcompile.torch_private import sizes_equal
 
 aten = torch.ops.aten
@@ -19,7 +20,8 @@ aten = torch.ops.aten
 
 def canonicalize(gm: GraphModule) -> int:
     """Rewrite ``gm`` in place; return the number of edits."""
-    edits = _make_functional(gm.graph) + _spell_einsums(gm.graph)
+    edits = write_through_views(gm.graph) + _make_functional(gm.graph)
+    edits += _spell_einsums(gm.graph)
     if edits:
         gm.graph.eliminate_dead_code()
         gm.recompile()

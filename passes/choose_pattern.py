@@ -18,7 +18,6 @@ from ringcompile.errors import (
     UnsupportedAttentionError,
     format_error,
 )
-from ringcompile.passes.op import shape_of
 from ringcompile.passes.places import UNKNOWN, find_place
 from ringcompile.passes.regions import Refusal, Region
 from ringcompile.torch_private import find_running_modules
@@ -80,7 +79,7 @@ def choose_patterns(
 
 
 def _name_cross(region: Region) -> str:
-    lengths = (shape_of(o.node)[o.sequence_dim] for o in (region.q, region.k))
+    lengths = (o.shape[2] for o in (region.q, region.k))
     return "attention of {} queries over {} keys".format(*lengths)
 
 

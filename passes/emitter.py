@@ -7,7 +7,7 @@ before its first use.
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -15,6 +15,7 @@ import torch
 from torch.fx import Graph, Node
 
 from ringcompile.ir.layout import Layout
+from ringcompile.ir.reshard import format_spec, parse_spec
 from ringcompile.ops import GATHER, REDUCE, SCALE_GRAD, SHARD, SPREAD
 from ringcompile.passes.dims import Size
 from ringcompile.passes.op import (
@@ -25,7 +26,12 @@ from ringcompile.passes.op import (
     is_tensor,
     read_op,
 )
-from ringcompile.passes.propagate_layout import Placement, Placements, Shard
+from ringcompile.passes.propagate_layout import (
+    Placement,
+    Placements,
+    Shard,
+    Window,
+)
 from ringcompile.torch_private import SET_GRAD_ENABLED, size_expression
 
 aten = torch.ops.aten
@@ -35,6 +41,8 @@ _SIZE_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "Mul": operator.mul,
     "FloorDiv": operator.floordiv,
 }
+
+_SEEDS = 1 << 62
 
 # Tags of a node that what is written for it inherits.
 _INHERITED = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id")
@@ -49,16 +57,22 @@ class AxisLayout:
         length: tokens S, possibly symbolic.
         padded: whether some rank holds pads.
         spec: text of the ``ReshardSpec``.
+        window: where it lies, if it is a part of another axis.
+        rows: rows on each rank, if that is another axis's.
     """
 
     layout: Layout
     length: Size
     padded: bool
     spec: str
+    window: Window | None = None
+    rows: Size | None = None
 
     @property
     def shard_size(self) -> Size:
         """Rows on each rank."""
+        if self.rows is not None:
+            return self.rows
         if self.padded:
             assert isinstance(self.length, int), "a padded axis has a fixed length"
             return self.layout.shard_size(self.length)
@@ -162,12 +176,23 @@ class Emitter:
         """Global positions of this rank's rows, int64 ``(T,)``; -1 for pads."""
         axis = self._axes[shard.axis]
         key = ("positions", shard.axis, self._modes)
+        if key not in self._memo and axis.window is not None:
+            self._memo[key] = self._positions_within(axis, axis.window)
         if key not in self._memo:
             every = self.call(
                 aten.arange.default, self.size(axis.length), device=self._device
             )
             self._memo[key] = self.call(SHARD, every, 0, 1, 1, spec=axis.spec, fill=-1)
         return self._memo[key]
+
+    def _positions_within(self, axis: AxisLayout, window: Window) -> Node:
+        """Positions in a part of another axis; -1 for rows outside it."""
+        outer = self.positions(Shard(window.axis, 0))
+        at = self.call(aten.sub.Scalar, outer, window.start)
+        is_before = self.call(aten.lt.Scalar, at, 0)
+        is_behind = self.call(aten.ge.Scalar, at, self.size(axis.length))
+        is_outside = self.call(aten.logical_or.default, is_before, is_behind)
+        return self.call(aten.masked_fill.Scalar, at, is_outside, -1)
 
     @property
     def _device(self) -> torch.device:
@@ -180,14 +205,96 @@ class Emitter:
 
     def where_rows(self, rows: Node, x: Node, shard: Shard, *, rank: int) -> Node:
         """``x`` where the bool ``rows`` ``(T,)`` hold, else 0."""
+        rows = self._spread_rows(rows, shard, rank=rank)
+        return self.call(aten.where.ScalarOther, rows, x, 0)
+
+    def _spread_rows(self, rows: Node, shard: Shard, *, rank: int) -> Node:
+        """Something of each row ``(T,)``, to be broadcast against a value."""
         if shard.outer != 1 or shard.inner != 1:
             sizes = [self.expression(shard.outer), -1, self.expression(shard.inner)]
             rows = self.call(aten.reshape.default, rows, [1, -1, 1])
             rows = self.call(aten.expand.default, rows, sizes)
         shape = [1] * rank
         shape[shard.dim] = -1
-        rows = self.call(aten.reshape.default, rows, shape)
-        return self.call(aten.where.ScalarOther, rows, x, 0)
+        return self.call(aten.reshape.default, rows, shape)
+
+    def positions_along(self, shard: Shard, rank: int) -> Node:
+        """Positions of rows, to be broadcast against a value of that rank."""
+        shape = [1] * rank
+        shape[shard.dim] = -1
+        return self.call(aten.reshape.default, self.positions(shard), shape)
+
+    def indices(self, node: Node, dim: int, shard: Shard) -> Node:
+        """Global indices along a dim of a sharded value, to be broadcast against it."""
+        rank, sizes = len(node.meta["val"].shape), node.meta["val"].shape
+        count = self._axes[shard.axis].length
+        if dim != shard.dim:
+            return self._range(self.size(sizes[dim]), rank - dim)
+        inner = self.expression(shard.inner)
+        at = self.call(aten.mul.Tensor, self.positions(shard), inner)
+        if shard.outer != 1 or shard.inner != 1:
+            stride = self.expression(size_expression(count) * shard.inner)
+            outer = self._range(self.expression(shard.outer), 3)
+            at = self.call(aten.reshape.default, at, [1, -1, 1])
+            at = self.call(
+                aten.add.Tensor, at, self.call(aten.mul.Tensor, outer, stride)
+            )
+            at = self.call(aten.add.Tensor, at, self._range(inner, 1))
+        shape = [-1, *(1 for _ in range(rank - dim - 1))]
+        return self.call(aten.reshape.default, at, shape)
+
+    def axis_length(self, shard: Shard) -> int | Node:
+        """Tokens S of the axis that a value is cut along."""
+        return self.size(self._axes[shard.axis].length)
+
+    def row_table(self, shard: Shard) -> Node:
+        """Which row of this rank each position is, ``(S,)`` int64; -1 for others'."""
+        key = ("rows", shard.axis, self._modes)
+        if key not in self._memo:
+            axis, device = self._axes[shard.axis], self._device
+            positions = self.positions(shard)
+            length = self.size(axis.length)
+            more = self.size(axis.length + 1)
+            is_pad = self.call(aten.lt.Scalar, positions, 0)
+            at = self.call(aten.masked_fill.Scalar, positions, is_pad, length)
+            rows = self.call(
+                aten.arange.default, self.size(axis.shard_size), device=device
+            )
+            table = self.call(
+                aten.full.default, [more], -1, dtype=torch.int64, device=device
+            )
+            table = self.call(aten.index_copy.default, table, 0, at, rows)
+            self._memo[key] = self.call(aten.slice.Tensor, table, 0, 0, length)
+        return self._memo[key]
+
+    def _range(self, size: int | Node, rank: int) -> Node:
+        """0, 1, ... along the first of so many dims."""
+        numbers = self.call(aten.arange.default, size, device=self._device)
+        return self.call(aten.reshape.default, numbers, [-1, *(1,) * (rank - 1)])
+
+    def draw_seed(self) -> Node:
+        """A number drawn at each run; it is saved for backward, never drawn again."""
+        seed = self.call(
+            aten.randint.low, 0, _SEEDS, [1], dtype=torch.int64, device=self._device
+        )
+        for tag in ("recompute", "ac_graph_id"):
+            seed.meta.pop(tag, None)
+        return seed
+
+    def fill_pads(self, x: Node, shard: Shard, value: float, *, rank: int) -> Node:
+        """``x`` with another value in the rows of pads."""
+        if not self._axes[shard.axis].padded:
+            return x
+        real = self.call(aten.ge.Scalar, self.positions(shard), 0)
+        real = self._spread_rows(real, shard, rank=rank)
+        return self.call(aten.where.ScalarOther, real, x, value)
+
+    def keep_rows(self, x: Node, shard: Shard, rank: int) -> Node:
+        """``x``, without the gradient that would come through the rows of pads."""
+        real = self.call(aten.ge.Scalar, self.positions(shard), 0)
+        real = self._spread_rows(real, shard, rank=rank)
+        same = self.call(aten.detach.default, x)
+        return self.call(aten.where.self, real, x, same)
 
     def mask_pads(self, x: Node, shard: Shard, *, rank: int) -> Node:
         """``x`` with the rows of pads set to 0."""
@@ -204,23 +311,60 @@ class Emitter:
         assert placement is not None, f"{node} is sharded"
         return placement
 
+    def is_sharded(self, node: Node) -> bool:
+        """Whether an old node's value is cut over the ranks."""
+        return self._placements.decisions[node].placement is not None
+
+    def stack_ranks(self, x: Node, shard: Shard) -> Node:
+        """``x`` of each rank, of size 1 along the shard's dim, one behind the other."""
+        spec = parse_spec(self._axes[shard.axis].spec)
+        size = spec.layout.cp_size
+        text = format_spec(replace(spec, layout=Layout("contiguous", size)))
+        return self.call(GATHER, x, shard.dim, size, spec=text)
+
     def reduce(self, x: Node) -> Node:
         """Sum over the ranks; every rank then has the whole."""
         return self.call(REDUCE, x, spec=self._axes[0].spec)
 
-    def cut(self, x: Node, to: Shard, *, fill: object = None) -> Node:
-        """This rank's rows of a replicated value."""
+    def cut(self, x: Node, to: Shard, *, rank: int, fill: float | None = None) -> Node:
+        """This rank's rows of a replicated value; pads copy others or are ``fill``."""
         axis = self._axes[to.axis]
         sides = (self.expression(to.outer), self.expression(to.inner))
+        if axis.window is not None:
+            own = self._cut_window(x, to)
+            return own if fill is None else self.fill_pads(own, to, fill, rank=rank)
         options = {} if fill is None else {"fill": fill}
         return self.call(SHARD, x, to.dim, *sides, spec=axis.spec, **options)
+
+    def _cut_window(self, x: Node, to: Shard) -> Node:
+        """Rows of a part of an axis; pads copy the first or the last of them."""
+        call, dim = self.call, to.dim
+        last = self.size(self._axes[to.axis].length - 1)
+        rows = call(aten.clamp.default, self.positions(to), 0, last)
+        if to.outer == 1 and to.inner == 1:
+            return call(aten.index_select.default, x, dim, rows)
+        sides = (self.expression(to.outer), self.expression(to.inner))
+        split = call(aten.unflatten.int, x, dim, [sides[0], -1, sides[1]])
+        own = call(aten.index_select.default, split, dim + 1, rows)
+        return call(aten.flatten.using_ints, own, dim, dim + 2)
 
     def join(self, x: Node, shard: Shard) -> Node:
         """The whole of a sharded value."""
         axis = self._axes[shard.axis]
-        length = self.size(axis.length)
         sides = (self.expression(shard.outer), self.expression(shard.inner))
-        return self.call(GATHER, x, shard.dim, length, *sides, spec=axis.spec)
+        if axis.window is None:
+            length = self.size(axis.length)
+            return self.call(GATHER, x, shard.dim, length, *sides, spec=axis.spec)
+        outer = replace(shard, axis=axis.window.axis)
+        whole, start = self.join(x, outer), axis.window.start
+        dim, end = shard.dim, self.size(axis.length + start)
+        split = self.call(aten.unflatten.int, whole, dim, [sides[0], -1, sides[1]])
+        part = self.call(aten.slice.Tensor, split, dim + 1, start, end)
+        return self.call(aten.flatten.using_ints, part, dim, dim + 2)
+
+    def is_part(self, shard: Shard) -> bool:
+        """Whether a value's axis is a part of another, so that its shards have pads."""
+        return self._axes[shard.axis].window is not None
 
     def operand(self, node: Node, wanted: Placement, *, by_shards: bool) -> Node:
         """An old node's value as its consumer wants it.
@@ -241,11 +385,19 @@ class Emitter:
         if key not in self._memo:
             x = self.env[node] if have is None else self.join(self.env[node], have)
             if wanted is not None:
-                x = self.cut(x, wanted)
+                x = self._cut_operand(node, x, wanted)
             elif spreads:
                 x = self.spread([x])[0]
             self._memo[key] = x
         return self._memo[key]
+
+    def _cut_operand(self, node: Node, x: Node, to: Shard) -> Node:
+        rank = len(node.meta["val"].shape)
+        if not (self.is_part(to) and self._needs_grad[node]):
+            return self.cut(x, to, rank=rank)
+        # Rows are picked, not resharded: ranks' gradients must be summed.
+        own = self.cut(self.spread([x])[0], to, rank=rank)
+        return self.keep_rows(own, to, rank)
 
     def forget_reshards(self) -> None:
         """After a write in place, values must be cut and joined anew."""

@@ -8,17 +8,22 @@ not run over tokens on both sides is no attention and is not reported.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
+import sympy
 import torch
+from sympy import Expr
 from torch.fx import Graph, GraphModule, Node
 
 from ringcompile.ir.mask import EmptyRow, Mask, at_least_zero, negate
+from ringcompile.passes.coordinates import COLUMN, HEAD, ROW, Grid, align
 from ringcompile.passes.find_softmax import find_spelled
 from ringcompile.passes.op import Op, read_op, shape_of
-from ringcompile.passes.operands import find_operands
-from ringcompile.passes.parts import Parts, Refused, check_dropout, check_operands
+from ringcompile.passes.operands import Rows, find_heads, find_operands
+from ringcompile.passes.parts import Parts, Refused, check_dropout, check_lengths
+from ringcompile.passes.read_added import add_tensor, find_bias
 from ringcompile.passes.read_mask import MaskReader
 from ringcompile.passes.read_score import Score
 from ringcompile.passes.read_spelled import read_spelled
@@ -26,7 +31,7 @@ from ringcompile.passes.read_values import Reader
 from ringcompile.passes.regions import Refusal, Region
 from ringcompile.passes.sequences import mark_cross
 from ringcompile.passes.shadow import where
-from ringcompile.passes.symbolic import Unreadable, index_symbol, read_truth
+from ringcompile.passes.symbolic import Unreadable, read_truth
 from ringcompile.passes.value_scalars import read_scalar
 
 aten = torch.ops.aten
@@ -80,76 +85,120 @@ def _settle(
 
 
 def _build_region(masks: MaskReader, parts: Parts) -> Region:
-    q_shape = shape_of(parts.q.node)
-    lengths = (shape_of(o.node)[o.sequence_dim] for o in (parts.q, parts.k))
-    read = masks.read_mask(parts.score.keeps, (*q_shape[:2], *lengths))
-    empty_row = EmptyRow.ZERO
-    if read.may_be_empty:
-        empty_row = _find_empty_row(parts)
-    if parts.dropout and empty_row in {EmptyRow.MEAN_ALL, EmptyRow.MEAN_FILLED}:
+    score = parts.score
+    read = masks.read_mask(score.keeps, parts.shape)
+    empty_row = _find_empty_row(parts, may_be_empty=read.may_be_empty)
+    if parts.dropout and empty_row in _MEANS:
         raise Refused(
             f"attention with dropout p={parts.dropout} of its weights",
             because="a query may have no key, and finfo.min then gives it the mean of "
             "all values, of which some would be dropped",
             instead="a bool mask, or one that keeps a key for each query",
         )
+    if empty_row is EmptyRow.MEAN_ALL and (score.biases or score.cap is not None):
+        raise Refused(
+            "attention with a bias or softcap under an added mask of finfo.min",
+            because="a query may have no key, and its gradient would then pass through"
+            " scores that no tile computes",
+            instead="masked_fill, a bool mask, or one that keeps a key for each query",
+        )
+    is_capped = score.cap is not None
+    grid = Grid(parts.shape[0], parts.shape[1], ())
     seeds = 1 if parts.dropout else 0
     return Region(
         output=parts.output,
         q=parts.q,
         k=parts.k,
         v=parts.v,
-        scale=parts.score.scale,
+        scale=score.scale * score.cap if score.cap is not None else score.scale,
         mask=Mask(read.keeps, len(read.captures) + seeds, empty_row),
         captures=read.captures,
         where=where(parts.output),
         dropout=parts.dropout,
+        transposed=parts.transposed,
+        softcap=score.cap if is_capped else None,
+        biases=tuple(find_bias(term, parts.shape, grid) for term in score.biases),
+        sinks=score.sinks,
     )
 
 
-def _find_empty_row(parts: Parts) -> EmptyRow:
+_MEANS = (EmptyRow.MEAN_ALL, EmptyRow.MEAN_FILLED)
+
+
+def _find_empty_row(parts: Parts, *, may_be_empty: bool) -> EmptyRow:
+    """What a query gives that has no key, or only keys whose bias is -inf."""
+    if parts.score.sinks is not None or not (may_be_empty or parts.score.biases):
+        return EmptyRow.ZERO  # a sink is a key
     if parts.infinite is None:
         raise Refused(
             "attention with a softmax spelled as exp and sum",
             because="a query may have no key, and what it then gives is left to chance",
             instead="call torch.softmax, or keep at least one key for each query",
         )
-    return parts.score.empty_row(parts.infinite)
+    return parts.score.empty_row(parts.infinite) if may_be_empty else parts.infinite
 
 
 # ---- scaled_dot_product_attention ----------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a mask is added to scores inside the op."""
+
+    index: Sequence[Expr]
+    grid: Grid
+    dtype: torch.dtype
+
+
 def _read_sdpa(reader: Reader, op: Op) -> Parts:
     """Read every argument; a query with only -inf scores gives 0 (by experiment)."""
     q, k, v = (op.args[name] for name in ("query", "key", "value"))
-    check_operands(op.node, q, k, v)
     dropout = check_dropout(float(read_scalar(op.args["dropout_p"])))
-    heads, kv_heads = shape_of(q)[1], shape_of(k)[1]
-    if not op.args["enable_gqa"] and kv_heads not in (1, heads):
+    lead = shape_of(op.node)[:-2]
+    heads = 1
+    if len(lead) == 1:
+        heads = find_heads((q, k, v), lead)
+    grid = Grid.of(lead, heads)
+    rows = tuple(
+        Rows.of(x, _read_lead(op, x, grid), transposed=False) for x in (q, k, v)
+    )
+    lengths = tuple(x.length for x in rows)
+    check_lengths(*lengths)
+    place = _Place([*grid.full(op.node), ROW, COLUMN], grid, op.node.meta["val"].dtype)
+    score = _read_sdpa_score(reader, op, place)
+    operands = find_operands(reader, rows, grid, place.dtype, is_cast=True)
+    shape = (grid.batch, grid.heads, lengths[0], lengths[1])
+    return Parts(op.node, shape, *operands, score, EmptyRow.ZERO, dropout)
+
+
+def _read_lead(op: Op, node: Node, grid: Grid) -> list[Expr]:
+    """The index into an operand's leading dims; ``enable_gqa`` repeats its heads."""
+    lead = shape_of(node)[:-2]
+    index = align(node, [*grid.full(op.node), ROW, COLUMN])[: len(lead)]
+    if not op.args["enable_gqa"] or len(lead) != 2:  # noqa: PLR2004 - (B, G)
+        return index
+    own, heads = lead[1], grid.heads
+    if not isinstance(own, int) or not isinstance(heads, int) or heads % own:
         raise Refused(
-            f"attention of {heads} query heads over {kv_heads} heads of K",
-            because="heads are broadcast without enable_gqa",
-            instead="pass enable_gqa=True, or as many heads of K and V as of Q",
+            f"attention of {heads} query heads over {own} heads of K",
+            because="enable_gqa needs a multiple",
+            instead="a multiple of K's heads",
         )
-    score = _read_sdpa_score(reader, op)
-    operands = find_operands(reader, q, k, v)
-    return Parts(op.node, *operands, score, EmptyRow.ZERO, dropout)
+    return [index[0], sympy.floor(HEAD / (heads // own)) if own > 1 else sympy.S.Zero]
 
 
-def _read_sdpa_score(reader: Reader, op: Op) -> Score:
-    features = shape_of(op.args["query"])[3]
+def _read_sdpa_score(reader: Reader, op: Op, place: _Place) -> Score:
+    features = shape_of(op.args["query"])[-1]
     given = op.args["scale"]
-    dtype = op.node.meta["val"].dtype
     scale = float(features) ** -0.5 if given is None else float(read_scalar(given))
-    score = Score(scale, dtype=dtype)
+    score = Score(scale, dtype=place.dtype)
     if op.args["is_causal"]:
-        ahead = at_least_zero(index_symbol(3) - index_symbol(2) - 1)
-        score = score.fill(ahead, -math.inf, dtype)
-    if op.args["attn_mask"] is None:
+        ahead = at_least_zero(COLUMN - ROW - 1)
+        score = score.fill(ahead, -math.inf, place.dtype)
+    mask = op.args["attn_mask"]
+    if mask is None:
         return score
-    mask = reader.read(op.args["attn_mask"])
-    if mask.dtype is not torch.bool:
-        return score.add(mask, dtype)
-    dropped = negate(read_truth(mask.broadcast(4)))
-    return score.fill(dropped, -math.inf, dtype)
+    if mask.meta["val"].dtype is not torch.bool:
+        return add_tensor(reader, mask, place, score)
+    dropped = negate(read_truth(reader.read(mask).at(align(mask, place.index))))
+    return score.fill(dropped, -math.inf, place.dtype)

@@ -3,6 +3,7 @@
 Looks at the shape of the graph only; what the ops between do is read elsewhere.
 """
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,17 +11,20 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
+from ringcompile.ir.mask import EmptyRow
+from ringcompile.passes.coordinates import read_index_map
 from ringcompile.passes.op import Op, is_tensor, read_op, shape_of
-from ringcompile.passes.operands import carries_sequence, read_index_map
+from ringcompile.passes.operands import carries_sequence
 from ringcompile.passes.value_rules import RULES
-from ringcompile.passes.value_views import indices
 from ringcompile.torch_private import sizes_equal
 
 aten = torch.ops.aten
 
 _PRODUCTS = {aten.matmul, aten.bmm, aten.baddbmm, aten.einsum}
 _CASTS = {aten.to, aten._to_copy, aten.type_as}  # noqa: SLF001
-_SOFTMAXES = {aten.softmax, aten._softmax, aten._safe_softmax}  # noqa: SLF001
+_SAFE = aten._safe_softmax  # noqa: SLF001
+_SOFTMAXES = {aten.softmax, aten._softmax, _SAFE}  # noqa: SLF001
+_LOG_SOFTMAXES = {aten.log_softmax, aten._log_softmax}  # noqa: SLF001
 # Ops that a way from a product to a softmax, or from there to a product, may lead over.
 _ON_THE_WAY = {*RULES, aten.dropout, aten.native_dropout, aten.constant_pad_nd}
 
@@ -33,13 +37,13 @@ class Softmax:
         weights: the node of its result.
         scores: what it is taken of.
         dim: the dim it is taken over.
-        is_one_op: whether it is torch's own softmax, rather than exp and sum.
+        infinite: what a row of -inf alone gives; None: it is left to chance.
     """
 
     weights: Node
     scores: Node
     dim: int
-    is_one_op: bool = True
+    infinite: EmptyRow | None = EmptyRow.NAN
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +87,13 @@ def _read_softmax(node: Node) -> Softmax | None:
     if op is None or not is_tensor(node):
         return None
     if op.packet in _SOFTMAXES:
-        return Softmax(node, op.slots[0], op.args["dim"] % len(shape_of(node)))
+        infinite = EmptyRow.ZERO if op.packet is _SAFE else EmptyRow.NAN
+        dim = op.args["dim"] % max(len(shape_of(node)), 1)
+        return Softmax(node, op.slots[0], dim, infinite)
     if op.packet is aten.div:
         return _read_exp_over_sum(op)
     if op.packet is aten.exp:
-        return _read_exp_of_difference(op)
+        return _read_exp_of_log(op)
     return None
 
 
@@ -103,27 +109,35 @@ def _read_exp_over_sum(op: Op) -> Softmax | None:
     dim = _only_dim(total)
     x = exp.slots[0]
     shift = read_op(x)
-    if shift is not None and shift.packet is aten.sub and is_own_max(shift):
+    if dim is None:
+        return None
+    if shift is not None and shift.packet is aten.sub and is_own_max(shift, dim):
         x = shift.slots[0]
-    return None if dim is None else Softmax(op.node, x, dim, is_one_op=False)
+    return Softmax(op.node, x, dim, infinite=None)
 
 
-def _read_exp_of_difference(op: Op) -> Softmax | None:
+def _read_exp_of_log(op: Op) -> Softmax | None:
+    """Exp of a log softmax, in one op or spelled out."""
+    log = read_op(op.slots[0])
+    if log is not None and log.packet in _LOG_SOFTMAXES:
+        dim = log.args["dim"] % len(shape_of(op.node))
+        return Softmax(op.node, log.slots[0], dim)
+    return None if log is None else _read_exp_of_difference(op, log)
+
+
+def _read_exp_of_difference(op: Op, difference: Op) -> Softmax | None:
     """``exp(x - logsumexp(x, dim, keepdim=True))``."""
-    difference = read_op(op.slots[0])
-    if difference is None or difference.packet is not aten.sub:
+    if difference.packet is not aten.sub or difference.args["alpha"] != 1:
         return None
     _, total = _read_both(difference)
     if total is None or total.packet is not aten.logsumexp:
-        return None
-    if difference.args["alpha"] != 1:
         return None
     if total.slots[0] is not difference.slots[0] or not total.args["keepdim"]:
         return None
     dim = _only_dim(total)
     if dim is None:
         return None
-    return Softmax(op.node, difference.slots[0], dim, is_one_op=False)
+    return Softmax(op.node, difference.slots[0], dim, infinite=None)
 
 
 def _read_both(op: Op) -> tuple[Op | None, Op | None]:
@@ -141,12 +155,21 @@ def _only_dim(op: Op) -> int | None:
     return int(dims[0]) % len(shape_of(op.slots[0]))
 
 
-def is_own_max(op: Op) -> bool:
-    """Whether a difference subtracts from a tensor its own maxima."""
-    *_, highest = op.slots
+def is_own_max(op: Op, dim: int) -> bool:
+    """Whether a difference subtracts a tensor's own maxima over ``dim``, at least."""
+    if len(op.slots) != 2 or op.args.get("alpha", 1) != 1:  # noqa: PLR2004
+        return False
+    x, highest = op.slots
     while _is_call(highest, aten.detach):
         highest = highest.all_input_nodes[0]
-    return _is_call(highest, aten.amax) and highest.args[0] is op.slots[0]
+    shape = shape_of(highest)
+    if len(shape) != len(shape_of(x)) or not sizes_equal(shape[dim], 1):
+        return False
+    if highest.target is operator.getitem and highest.args[1] == 0:
+        source = highest.args[0]
+        assert isinstance(source, Node), "an item of a result of several"
+        return _is_call(source, aten.max) and source.args[0] is x
+    return _is_call(highest, aten.amax) and highest.args[0] is x
 
 
 def _is_call(node: Node, packet: object) -> bool:
@@ -220,7 +243,7 @@ def _follow_weights(
             op = read_op(user)
             if op is not None and op.packet in _PRODUCTS:
                 outputs.append(user)
-            elif op is not None and keeps_elements(op):
+            elif op is not None and moves_elements(op):
                 way_out.append(user)
                 work.append(user)
             elif user.op == "output" or is_tensor(user):
@@ -230,22 +253,11 @@ def _follow_weights(
     return tuple(outputs), tuple(way_out), tuple(strangers)
 
 
-def keeps_elements(op: Op) -> bool:
-    """Whether an op gives its operand's elements in place, up to dropout and casts."""
+def moves_elements(op: Op) -> bool:
+    """Whether an op gives its operand's elements, moved, up to dropout and casts."""
     if not is_tensor(op.node) or not op.node.meta["val"].is_floating_point():
         return False
-    if op.packet in (*_CASTS, aten.dropout):
-        return True
-    index = read_index_map(op)
-    if index is None or index != indices(len(shape_of(op.node))):
-        return False
-    return same_shape(op.slots[0], op.node)
-
-
-def same_shape(a: Node, b: Node) -> bool:
-    """Whether two tensors have the same shape in every call."""
-    shapes = shape_of(a), shape_of(b)
-    return len(shapes[0]) == len(shapes[1]) and all(map(sizes_equal, *shapes))
+    return op.packet in (*_CASTS, aten.dropout) or read_index_map(op) is not None
 
 
 def _leads_to_product(node: Node) -> bool:

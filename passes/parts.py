@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from ringcompile.ir.mask import EmptyRow
-from ringcompile.passes.op import is_float, shape_of
 from ringcompile.passes.read_score import Score
 from ringcompile.passes.regions import Operand
+from ringcompile.passes.symbolic import Size
 from ringcompile.torch_private import sizes_equal
 
 
@@ -32,21 +32,25 @@ class Parts:
     """An attention.
 
     Attributes:
-        output: its last node, ``(B, H, S, E)``.
+        output: its last node.
+        shape: ``(B, H, queries, keys)``.
         q, k, v: its operands.
         score: how scores are scaled and masked.
         infinite: what a query gives whose scores are all -inf; None if a query without
             keys gives what no ring can.
         dropout: share of weights that are dropped.
+        transposed: whether the output is a view of ``(B, H, E, S)``.
     """
 
     output: Node
+    shape: tuple[Size, ...]
     q: Operand
     k: Operand
     v: Operand
     score: Score
     infinite: EmptyRow | None
     dropout: float = 0.0
+    transposed: bool = False
 
 
 def check_dropout(rate: float) -> float:
@@ -60,50 +64,17 @@ def check_dropout(rate: float) -> float:
     return rate
 
 
-def check_operands(
-    output: Node, q: Node, k: Node, v: Node, *, k_transposed: bool = False
-) -> None:
-    """Refuse ranks, dtypes and lengths that no ring is built for yet.
-
-    Args:
-        output: the attention's result.
-        q: ``(B, H, S, D)``.
-        k: ``(B, G, S, D)``, or ``(B, G, D, S)`` if ``k_transposed``.
-        v: ``(B, G, S, E)``.
-        k_transposed: see ``k``.
-    """
-    nodes = (q, k, v)
-    ranks = {len(shape_of(n)) for n in (*nodes, output)}
-    if ranks != {4}:
+def check_lengths(q_length: Size, k_length: Size, v_length: Size) -> None:
+    """Refuse lengths that no ring has."""
+    if not sizes_equal(k_length, v_length):
         raise Refused(
-            f"attention on {min(ranks)}-D tensors",
-            because="only (batch, heads, sequence, features) is built so far (issue 4)",
-            instead="give Q, K and V the four dims (batch, heads, sequence, features)",
-        )
-    dtypes = {n.meta["val"].dtype for n in (*nodes, output)}
-    if len(dtypes) != 1 or not all(map(is_float, nodes)):
-        raise Refused(
-            f"attention on Q, K, V and result of {sorted(map(str, dtypes))}",
-            because="a ring computes in the one dtype of its operands",
-            instead="cast Q, K and V to one dtype; autocast isn't built yet",
-        )
-    batches = [shape_of(n)[0] for n in nodes]
-    if not all(sizes_equal(batches[0], size) for size in batches[1:]):
-        raise Refused(
-            f"attention with batch sizes {batches} of Q, K and V",
-            because="K and V would be broadcast over the batch",
-            instead="expand K and V to the batch size of Q",
-        )
-    length, keys = shape_of(q)[2], shape_of(k)[3 if k_transposed else 2]
-    if not sizes_equal(keys, shape_of(v)[2]):
-        raise Refused(
-            f"attention over {keys} keys with {shape_of(v)[2]} values",
+            f"attention over {k_length} keys with {v_length} values",
             because="each key has one value",
             instead="give K and V one length",
         )
-    if not sizes_equal(length, keys) and 1 in (length, keys):
+    if not sizes_equal(q_length, k_length) and 1 in (q_length, k_length):
         raise Refused(
-            f"attention of {length} queries over {keys} keys",
+            f"attention of {q_length} queries over {k_length} keys",
             because="a sequence of one token can't be cut over ranks",
             instead="nothing; this attention runs gathered",
         )

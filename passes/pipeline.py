@@ -8,7 +8,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import SymInt, nn
@@ -16,21 +16,28 @@ from torch.fx import GraphModule, Node
 
 from ringcompile.config import RingOptions
 from ringcompile.errors import OptionError, UnsupportedAttentionError
-from ringcompile.ir.attention import Dropout, RankPlan
+from ringcompile.ir.attention import Bias, Dropout, RankPlan
 from ringcompile.ir.layout import Layout, Side
 from ringcompile.ir.mask import FALSE, later_keys
 from ringcompile.ir.reshard import ReshardSpec, format_spec
 from ringcompile.ir.schedule import PartSpec, Schedule
 from ringcompile.ir.text import format_plan
 from ringcompile.mesh import Ranks
+from ringcompile.passes.autocast import spell_autocast
 from ringcompile.passes.caches import CACHE_ADVICE, find_cache_outputs
 from ringcompile.passes.canonicalize import canonicalize
 from ringcompile.passes.choose_pattern import choose_patterns
 from ringcompile.passes.emitter import AxisLayout
 from ringcompile.passes.find_attention import find_attention
-from ringcompile.passes.op import read_op, shape_of
-from ringcompile.passes.propagate_layout import Placements, propagate_layout
+from ringcompile.passes.op import read_op
+from ringcompile.passes.propagate_layout import (
+    Axis,
+    Placements,
+    Window,
+    propagate_layout,
+)
 from ringcompile.passes.raise_attention import raise_attention
+from ringcompile.passes.read_added import is_cut
 from ringcompile.passes.regions import Refusal, Region
 from ringcompile.passes.rewrite import Gathered, Sharding, rewrite
 from ringcompile.passes.scorers import insert_scorers
@@ -124,19 +131,13 @@ def run_passes(
             ``unsupported="error"``.
     """
     if (opaque := find_opaque(gm)) is not None:
-        _run_whole(opaque, options)
-        return Rewritten(gm)
+        return Rewritten(gm, notes=(_run_whole(opaque, options),))
     with without_saved_tensor_hooks():
         made = Rewritten(trace_shadow(gm, example_inputs))
     _note(made, "shadow")
-    with observe_pass(made.gm, "canonicalize"):
-        canonicalize(made.gm)
     made.draws = any(_draws(node) for node in made.gm.graph.nodes)
-    with observe_pass(made.gm, "find_attention"):
-        found = find_attention(made.gm)
-    made.refusals = tuple(f for f in found if isinstance(f, Refusal))
+    regions = _find_regions(made)
     _refuse(made.refusals, options)
-    regions = tuple(f for f in found if isinstance(f, Region))
     if not regions:
         return made
     chosen = choose_patterns(regions, made.refusals, options)
@@ -176,7 +177,19 @@ def _find_cross(calls: dict[Node, Region]) -> frozenset[Node]:
     return frozenset(node for node, region in calls.items() if region.is_cross)
 
 
-def _run_whole(opaque: Node, options: RingOptions) -> None:
+def _find_regions(made: Rewritten) -> tuple[Region, ...]:
+    """The attentions that become rings; the others are noted as refused."""
+    with observe_pass(made.gm, "canonicalize"):
+        spell_autocast(made.gm)
+        canonicalize(made.gm)
+    with observe_pass(made.gm, "find_attention"):
+        found = find_attention(made.gm)
+    made.refusals = tuple(f for f in found if isinstance(f, Refusal))
+    return tuple(f for f in found if isinstance(f, Region))
+
+
+def _run_whole(opaque: Node, options: RingOptions) -> str:
+    """Warn of it; return what was said."""
     error = UnsupportedAttentionError(
         f"a graph with {opaque.target}",
         at=where(opaque),
@@ -185,7 +198,9 @@ def _run_whole(opaque: Node, options: RingOptions) -> None:
     )
     if options.unsupported == "error":
         raise error
-    warnings.warn(f"runs whole on every rank: {error}", stacklevel=2)
+    said = f"runs whole on every rank: {error}"
+    warnings.warn(said, stacklevel=2)
+    return said
 
 
 def _draws(node: Node) -> bool:
@@ -245,9 +260,8 @@ def _read_sharding(
     gathers = options.outputs == "gathered"
     if options.grads == "summed":
         return Sharding(axes, gathers)
-    factors = (1.0, 1.0 / ranks.size)
-    if options.local_scale == "mean":
-        factors = (float(ranks.size), 1.0)
+    by_shards = float(ranks.size) if options.local_scale == "mean" else 1.0
+    factors = (by_shards, options.replicated_factor(ranks.size))
     return Sharding(axes, gathers, param_factors=factors, sums_grads=False)
 
 
@@ -263,7 +277,7 @@ class _Attention:
         region, pattern = self.region, self.pattern
         if not isinstance(pattern, Pattern):
             return ((region.mask, None),)
-        heads, kv_heads = (shape_of(o.node)[1] for o in (region.q, region.k))
+        heads, kv_heads = (int(o.shape[1]) for o in (region.q, region.k))
         is_causal = later_keys(region.mask.keeps) == FALSE
         spec = AttentionSpec(heads, kv_heads, length, is_causal)
         return pattern.build_parts(region.mask, spec)
@@ -285,6 +299,9 @@ class _Planner:
     ) -> tuple[AxisLayout, ...]:
         """Fix layout and padding of every axis."""
         for number, axis in enumerate(placements.axes):
+            if axis.window is not None:
+                self._lay_out_part(axis, axis.window)
+                continue
             on_axis = [
                 attentions[node]
                 for node, on in placements.attention_axes.items()
@@ -319,6 +336,22 @@ class _Planner:
             side, parts = Side(layout, size), attentions[node].build_parts(size)
             sides = (None, side) if axes[0] == number else (side, None)
             yield Crossing(tuple(parts), *sides)
+
+    def _lay_out_part(self, axis: Axis, window: Window) -> None:
+        """A part of an axis lies where it does there."""
+        outer = self._axes[window.axis]
+        length = axis.length
+        if isinstance(outer.length, int):
+            length = int(length)
+        part = replace(
+            outer,
+            length=length,
+            padded=True,
+            window=window,
+            rows=outer.shard_size,
+        )
+        self._axes.append(part)
+        self._reasons.append("a part of another sequence, on the same ranks")
 
     def _choose(
         self,
@@ -360,6 +393,8 @@ class _Planner:
                 block_order=self._options.block_order,
                 kernel=self._options.kernel,
                 dropout=_plan_dropout(region),
+                softcap=region.softcap,
+                biases=tuple(Bias(is_cut=is_cut(bias)) for bias in region.biases),
             )
             reasons = dict.fromkeys(self._reasons[number] for number in axes)
             planned[node] = PlannedAttention(

@@ -19,14 +19,15 @@ from torch.fx import Graph, Node
 from ringcompile.errors import ShardingError
 from ringcompile.ops import RING_ATTENTION
 from ringcompile.passes.collectors import Collector, find_collector
+from ringcompile.passes.collectors.windows import SLICES, WINDOW, find_start
 from ringcompile.passes.dims import Dim, Dims, Factors, Size
+from ringcompile.passes.memory import find_base, find_written, writes_memory
 from ringcompile.passes.op import (
     Op,
     is_complex,
     is_float,
     is_tensor,
     read_op,
-    schema_of,
     shape_of,
 )
 from ringcompile.passes.rules import find_rule
@@ -60,16 +61,31 @@ Placement = Shard | None
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """Neighbouring positions of another axis, on the ranks that hold them there.
+
+    Attributes:
+        axis: number of that axis.
+        start: the position there of the first one.
+    """
+
+    axis: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
 class Axis:
     """One sequence that is cut over the ranks.
 
     Attributes:
         factor: the factor that names it.
         length: tokens S, possibly symbolic.
+        window: where it lies, if it is a part of another.
     """
 
     factor: int
     length: Size
+    window: Window | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +96,7 @@ class Decision:
         placement: of its result.
         operands: what each tensor operand must be, in the order of ``Op.slots``.
         flow: the rule's word, for ops that run on shards as they are.
-        collector: what sums shards up to a replicated result, if it does that.
+        collector: what carries it out with the help of other ranks, if it needs that.
         gathered: why a sharded operand must be gathered; empty if none.
     """
 
@@ -94,6 +110,12 @@ class Decision:
     def is_sharded(self) -> bool:
         """Whether the op runs on a shard, so that ranks compute different things."""
         return self.placement is not None or any(self.operands)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the op runs as in eager, on the memory that it had there."""
+        changed = self.is_sharded or self.gathered or self.collector is not None
+        return not changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +149,7 @@ def propagate_layout(
     decide = _Decider(ops, dims, flows, factors, axes, attention_axes)
     for node in graph.nodes:
         decide(node)
-    return Placements(axes, decide.decisions, attention_axes)
+    return Placements(tuple(decide.axes), decide.decisions, attention_axes)
 
 
 def _find_dims(
@@ -174,11 +196,14 @@ def _apply_rule(
 def _flow_of_attention(
     op: Op, factors: Factors, operands: list[Dims], *, is_cross: bool
 ) -> Flow:
-    """(B, H, S, D), (B, G, S, D), (B, G, S, E) and replicated captures."""
+    """(B, H, S, D), (B, G, S, D), (B, G, S, E), captures, and biases with S rows."""
     q, k, v = operands[:3]
     for other in (k, v):
         factors.unite(q[0], other[0])
         factors.unite(k[2] if is_cross else q[2], other[2])
+    for slot, dims in enumerate(operands):
+        if _is_cut_bias(op, slot):
+            factors.unite(q[2], dims[2])
     links = {Link(slot, 2, 2) for slot in range(3)} | {Link(0, 0, 0), Link(0, 1, 1)}
     rows = _name_rows(factors, op.slots[0], q)
     return Flow((q[0], q[1], rows, v[3]), frozenset(links))
@@ -187,6 +212,13 @@ def _flow_of_attention(
 def _name_rows(factors: Factors, node: Node, dims: Dims) -> Dim:
     """The rows of Q or K as one factor; rows made of several are cut right here."""
     return dims[2] if len(dims[2]) == 1 else factors.new(shape_of(node)[2])
+
+
+def _is_cut_bias(op: Op, slot: int) -> bool:
+    """Whether a slot of an attention holds a bias with a row for each query."""
+    if op.slot_names[slot] != "biases":
+        return False
+    return not sizes_equal(shape_of(op.slots[slot])[2], 1)
 
 
 def _find_axes(
@@ -222,6 +254,7 @@ def _find_axes(
     return tuple(axes), attention_axes
 
 
+_NUM_QKV = 3
 SIZE_READERS = (torch.ops.aten.sym_size, torch.ops.aten.sym_numel)
 """Ops that read a size: always the global one, wherever the value lies."""
 
@@ -239,11 +272,11 @@ class _Decider:
         attention_axes: dict[Node, tuple[int, int]],
     ) -> None:
         self.decisions: dict[Node, Decision] = {}
+        self.axes = list(axes)
         self._ops = ops
         self._dims = dims
         self._flows = flows
         self._factors = factors
-        self._axes = axes
         self._attention_axes = attention_axes
 
     def __call__(self, node: Node) -> None:
@@ -253,10 +286,9 @@ class _Decider:
             self.decisions[node] = Decision(source, (source,))
             return
         op = self._ops.get(node)
-        decision = Decision(None) if op is None else self._decide(op)
-        self.decisions[node] = decision
-        if op is not None:
-            _check_mutation(op, [self._placement(n) for n in op.slots], decision)
+        self.decisions[node] = Decision(None) if op is None else self._decide(op)
+        if writes_memory(node):
+            _check_mutation(node, self.decisions)
 
     def _placement(self, node: object) -> Placement:
         return self.decisions[node].placement if isinstance(node, Node) else None
@@ -271,16 +303,27 @@ class _Decider:
             placement = places[0] if len(places) == 1 else None
             return Decision(placement, tuple(current), flow)
         if any(current) or is_float(op.node):
-            can_be_cut = flow is not None and not is_complex(op.node)
+            # Complex values are not sent, so none is cut.
+            can_be_cut = not any(map(is_complex, (op.node, *op.slots)))
             local = self._find_local(op, flow) if can_be_cut and flow else None
             if local is not None:
                 return local
         if not any(current) or op.packet in SIZE_READERS:
             return Decision(None, tuple(current))
+        return self._decide_mixing(op, current, flow)
+
+    def _decide_mixing(
+        self, op: Op, current: list[Placement], flow: Flow | None
+    ) -> Decision:
+        """An op of sharded operands that is not local: a part, a sum, or gathered."""
+        window = self._find_window(op, current)
+        if window is not None:
+            return Decision(window, tuple(current), collector=WINDOW)
         collector = find_collector(op, current)
         if collector is not None:
             operands = collector.operands(op, current)
-            return Decision(None, tuple(operands), collector=collector)
+            placement = collector.placement(op, current)
+            return Decision(placement, tuple(operands), collector=collector)
         because = (
             "no rule knows how it acts on a shard"
             if flow is None
@@ -292,8 +335,11 @@ class _Decider:
         """Queries and KV are cut along their axes, whatever they were before."""
         queries, keys = (Shard(number, 2) for number in self._attention_axes[op.node])
         # Captures are read whole, at global positions.
-        captures = (None,) * (len(op.slots) - 3)
-        return Decision(queries, (queries, keys, keys, *captures), flow)
+        others = (
+            queries if _is_cut_bias(op, slot) else None
+            for slot in range(_NUM_QKV, len(op.slots))
+        )
+        return Decision(queries, (queries, keys, keys, *others), flow)
 
     def _find_local(self, op: Op, flow: Flow) -> Decision | None:
         """The op on shards, if the one axis of its result passes every operand."""
@@ -316,6 +362,26 @@ class _Decider:
             return None
         return Decision(result, tuple(operands), flow)
 
+    def _find_window(self, op: Op, current: list[Placement]) -> Shard | None:
+        """Where a slice lies, if it can stay on the rows that it has."""
+        shard = current[0]
+        if op.packet not in SLICES or shard is None or not WINDOW.accepts(op, current):
+            return None
+        factor = self._dims[op.node][shard.dim]
+        start = find_start(op)
+        if len(factor) != 1 or start is None:
+            return None
+        window = Window(shard.axis, start)
+        if (outer := self.axes[shard.axis].window) is not None:
+            window = Window(outer.axis, outer.start + start)
+        name = self._factors.find(factor[0])
+        for number, axis in enumerate(self.axes):
+            if self._factors.find(axis.factor) == name:
+                same = axis.window == window
+                return Shard(number, shard.dim) if same else None
+        self.axes.append(Axis(name, shape_of(op.node)[shard.dim], window))
+        return Shard(len(self.axes) - 1, shard.dim)
+
     def _align(
         self, node: Node, linked: Iterable[int], result_node: Node, result: Shard
     ) -> Placement:
@@ -328,7 +394,7 @@ class _Decider:
 
     def _places(self, dims: Dims) -> list[Shard]:
         found = []
-        for number, axis in enumerate(self._axes):
+        for number, axis in enumerate(self.axes):
             for d, i in self._factors.place_of(dims, axis.factor):
                 outer, inner = self._sides(dims[d], i)
                 found.append(Shard(number, d, outer, inner))
@@ -344,18 +410,17 @@ def _leads(link: Link, slot: int, result_dim: int) -> bool:
     return link.slot == slot and link.result_dim == result_dim
 
 
-def _check_mutation(op: Op, current: list[Placement], decision: Decision) -> None:
-    """An op that writes its operand must find it where it lies."""
-    schema = schema_of(op.overload)
-    if not schema.is_mutable:
+def _check_mutation(node: Node, decisions: dict[Node, Decision]) -> None:
+    """A write in place must reach all who read that memory: none of it may be cut."""
+    bases = {find_base(n) for n in find_written(node)}
+    aliases = [n for n in decisions if n is not node and find_base(n) in bases]
+    if not decisions[node].is_sharded and all(decisions[n].is_plain for n in aliases):
         return
-    for slot, name in enumerate(op.slot_names):
-        argument = next(a for a in schema.arguments if a.name == name)
-        writes = argument.alias_info is not None and argument.alias_info.is_write
-        if writes and (current[slot] or decision.operands[slot]):
-            raise ShardingError(
-                f"{op.packet} writes in place to a value that is cut over the ranks",
-                at=where(op.node),
-                because="the write could be lost on the value that others read",
-                instead="write it out of place (x = x + y)",
-            )
+    op = read_op(node)
+    assert op is not None, "what writes memory is an op"
+    raise ShardingError(
+        f"{op.packet} writes in place to a value that is cut over the ranks",
+        at=where(node),
+        because="the write could be lost on the value that others read",
+        instead="write it out of place (x = x + y)",
+    )

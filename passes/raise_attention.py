@@ -4,12 +4,18 @@ What computed scores, masks and weights is then dead and goes. Invariant: the gr
 outputs keep their shapes; the call's plan names its region until the real plan is made.
 """
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from ringcompile.ops import RING_ATTENTION
-from ringcompile.passes.regions import Operand, Region
+from ringcompile.passes.op import shape_of
+from ringcompile.passes.regions import BiasOperand, Operand, Region
+from ringcompile.passes.symbolic import Size
+from ringcompile.torch_private import sizes_equal
+
+aten = torch.ops.aten
 
 _SEEDS = 2**31 - 1
 
@@ -25,15 +31,23 @@ def raise_attention(gm: GraphModule, regions: tuple[Region, ...]) -> dict[Node, 
 def _replace(graph: Graph, index: int, region: Region) -> Node:
     output = region.output
     with graph.inserting_before(output):
-        q, k, v = (_write_operand(graph, o) for o in (region.q, region.k, region.v))
-        seeds = [_write_seed(graph, q)] if region.dropout else []
-        call = graph.call_function(
-            RING_ATTENTION,
-            (q, k, v, [*region.captures, *seeds], []),
-            {"plan": f"attention {index}"},
+        dtype = output.meta["val"].dtype
+        q, k, v = (
+            _write_operand(graph, o, dtype) for o in (region.q, region.k, region.v)
         )
-    call.meta.update(output.meta)
-    output.replace_all_uses_with(call)
+        seeds = [_write_seed(graph, q)] if region.dropout else []
+        biases = [_write_bias(graph, bias) for bias in region.biases]
+        args = (q, k, v, [*region.captures, *seeds], biases)
+        if region.sinks is not None:
+            args = (*args, _view(graph, region.sinks, (region.q.shape[1],)))
+        call = graph.call_function(RING_ATTENTION, args, {"plan": f"attention {index}"})
+        _set_value(call, output, (*region.q.shape[:3], region.v.shape[3]))
+        result = call
+        if region.transposed:
+            result = _transpose(graph, call)
+        result = _view(graph, result, shape_of(output))
+    call.meta.update({k: x for k, x in output.meta.items() if k != "val"})
+    output.replace_all_uses_with(result)
     graph.erase_node(output)
     return call
 
@@ -42,7 +56,7 @@ def _write_seed(graph: Graph, q: Node) -> Node:
     """A number drawn at each run; it is saved for backward, never drawn again."""
     value = q.meta["val"]
     node = graph.call_function(
-        torch.ops.aten.randint.low,
+        aten.randint.low,
         (0, _SEEDS, [1]),
         {"dtype": torch.int64, "device": value.device},
     )
@@ -50,12 +64,57 @@ def _write_seed(graph: Graph, q: Node) -> Node:
     return node
 
 
-def _write_operand(graph: Graph, operand: Operand) -> Node:
-    if not operand.transposed:
-        return operand.node
-    node = graph.call_function(torch.ops.aten.transpose.int, (operand.node, 2, 3))
-    value = operand.node.meta["val"]
-    assert isinstance(value, Tensor), "an operand is a tensor"
-    node.meta.update(operand.node.meta)
-    node.meta["val"] = value.transpose(2, 3)
-    return node
+def _write_operand(graph: Graph, operand: Operand, dtype: torch.dtype) -> Node:
+    node = _view(graph, operand.node, operand.view) if operand.view else operand.node
+    if node.meta["val"].dtype != dtype:
+        cast = graph.call_function(aten.to.dtype, (node, dtype))
+        cast.meta.update(node.meta)
+        cast.meta["val"] = node.meta["val"].to(dtype)
+        node = cast
+    return _transpose(graph, node) if operand.transposed else node
+
+
+def _write_bias(graph: Graph, bias: BiasOperand) -> Node:
+    node = _view(graph, bias.node, bias.view)
+    if bias.factor == 1:
+        return node
+    scaled = graph.call_function(aten.mul.Tensor, (node, bias.factor))
+    _set_value(scaled, node, bias.view)
+    return scaled
+
+
+def _view(graph: Graph, node: Node, shape: Sequence[Size]) -> Node:
+    """The node in another shape; itself if it has that one."""
+    own = shape_of(node)
+    if len(own) == len(shape) and all(map(sizes_equal, own, shape)):
+        return node
+    sizes = [_write_size(graph, node, size) for size in shape]
+    assert sizes.count(-1) <= 1, f"{list(shape)} is no view of {list(own)}"
+    view = graph.call_function(aten.reshape.default, (node, sizes))
+    _set_value(view, node, shape)
+    return view
+
+
+def _write_size(graph: Graph, node: Node, size: Size) -> int | Node:
+    """A size as a number, as a dim of ``node``, or as what is left."""
+    if isinstance(size, int):
+        return size
+    for dim, own in enumerate(shape_of(node)):
+        if sizes_equal(own, size):
+            read = graph.call_function(aten.sym_size.int, (node, dim))
+            read.meta["val"] = own
+            return read
+    return -1
+
+
+def _transpose(graph: Graph, node: Node) -> Node:
+    *lead, rows, columns = shape_of(node)
+    result = graph.call_function(aten.transpose.int, (node, -2, -1))
+    _set_value(result, node, (*lead, columns, rows))
+    return result
+
+
+def _set_value(node: Node, like: Node, shape: Sequence[Size]) -> None:
+    """The meta of ``like``, with a value of another shape."""
+    node.meta.update(like.meta)
+    node.meta["val"] = like.meta["val"].new_empty(tuple(shape))

@@ -1,18 +1,20 @@
-"""What happens to scores between Q.K and softmax: scale, and which pairs are dropped.
+"""What happens to scores between Q.K and softmax: scale, softcap, biases, masks.
 
-A score is ``scale * <q, k>`` where it is kept. Elsewhere a number so low was added, or
-put in its place, that its weight is zero. Invariant: what changes a kept score other
-than by a factor is refused.
+A score is ``scale * <q, k>``, or ``cap * tanh`` of it, plus biases, where it is kept.
+Elsewhere a number so low was added, or put in its place, that its weight is zero.
+Invariant: what changes a kept score otherwise is refused.
 """
 
 import math
 from dataclasses import dataclass, replace
 
 import torch
+from sympy import Expr
 from sympy.logic.boolalg import Boolean
+from torch.fx import Node
 
 from ringcompile.ir.mask import FALSE, TRUE, EmptyRow, conjunction, negate
-from ringcompile.passes.symbolic import Case, Unreadable, Value, read_cases
+from ringcompile.passes.symbolic import Case, Content, Unreadable, read_cases
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,51 +31,106 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
-    """Scores as a function of the indices ``i0..i3`` of their 4-D tensor.
+class BiasTerm:
+    """A float tensor that was added to scores.
 
     Attributes:
-        scale: factor of ``<q, k>``.
-        keeps: the pairs whose score is ``scale * <q, k>``.
+        node: the tensor.
+        index: into it, of the score of ``i0 .. i3``.
+        factor: what it is multiplied with.
+    """
+
+    node: Node
+    index: tuple[Expr, ...]
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Scores as a function of batch, head, query and key, ``i0 .. i3``.
+
+    Attributes:
+        scale: factor of ``<q, k>``; of what tanh is taken of, with a ``cap``.
+        keeps: the pairs whose score is not dropped.
         drops: the ways in which the others were dropped.
         dtype: dtype of the tensor that was masked last.
+        cap: factor of the tanh of the scaled product; None if no tanh was taken.
+        biases: what was added.
+        sinks: the node of ``(H,)`` scores of one more key, whose value is 0.
     """
 
     scale: float
     keeps: Boolean = TRUE
     drops: frozenset[Drop] = frozenset()
     dtype: torch.dtype = torch.float32
+    cap: float | None = None
+    biases: tuple[BiasTerm, ...] = ()
+    sinks: Node | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether scores are scaled products, and nothing else yet."""
+        is_changed = self.cap is not None or self.biases or self.sinks is not None
+        return not is_changed and self.keeps == TRUE
 
     def multiply(self, factor: float, dtype: torch.dtype) -> "Score":
         """Every score times ``factor``, in ``dtype``."""
+        self._check_no_sink()
         numbers = {d: round_to(d.number * factor, dtype) for d in self.drops}
         for number in numbers.values():
-            _check_drops(number, dtype)
+            check_drops(number, dtype)
         drops = frozenset(replace(d, number=n) for d, n in numbers.items())
-        return replace(self, scale=self.scale * factor, drops=drops)
+        biases = tuple(replace(b, factor=b.factor * factor) for b in self.biases)
+        changed = replace(self, drops=drops, biases=biases)
+        if self.cap is not None:
+            return replace(changed, cap=self.cap * factor)
+        return replace(changed, scale=self.scale * factor)
 
     def cast(self, dtype: torch.dtype) -> "Score":
         """Every score rounded to ``dtype``: a low number may become -inf."""
         rounded = {replace(d, number=round_to(d.number, dtype)) for d in self.drops}
         return replace(self, drops=frozenset(rounded))
 
-    def add(self, mask: Value, dtype: torch.dtype) -> "Score":
+    def take_tanh(self) -> "Score":
+        """The tanh of every score."""
+        if not self.is_plain:
+            raise Unreadable("tanh is taken of scores that are masked or biased")
+        return replace(self, cap=1.0)
+
+    def add(self, mask: Content, dtype: torch.dtype) -> "Score":
         """A mask added; scores then have ``dtype``."""
-        kept, dropped = _split(read_cases(mask.broadcast(4)), dtype)
+        self._check_no_sink()
+        kept, dropped = _split(read_cases(mask), dtype)
         drops = {Drop(n, replaces=False) for n in dropped}
         drops |= self.drops
         for old in self.drops:
             drops |= {Drop(round_to(old.number + n, dtype), False) for n in dropped}
         keeps = conjunction(self.keeps, kept)
-        return Score(self.scale, keeps, frozenset(drops), dtype)
+        return replace(self, keeps=keeps, drops=frozenset(drops), dtype=dtype)
+
+    def bias(self, term: BiasTerm) -> "Score":
+        """A float tensor added."""
+        self._check_no_sink()
+        return replace(self, biases=(*self.biases, term))
+
+    def sink(self, node: Node) -> "Score":
+        """One more key for each head."""
+        self._check_no_sink()
+        return replace(self, sinks=node)
 
     def fill(self, where: Boolean, number: float, dtype: torch.dtype) -> "Score":
         """Scores replaced by a number in some places."""
+        self._check_no_sink()
         number = round_to(number, dtype)
-        _check_drops(number, dtype)
+        check_drops(number, dtype)
         drops = self.drops | {Drop(number, replaces=True)}
         keeps = conjunction(self.keeps, negate(where))
-        return Score(self.scale, keeps, drops, dtype)
+        return replace(self, keeps=keeps, drops=drops, dtype=dtype)
+
+    def _check_no_sink(self) -> None:
+        """Behind a sink, what changes scores would change it too."""
+        if self.sinks is not None:
+            raise Unreadable("scores are changed once they have a sink")
 
     def empty_row(self, infinite: EmptyRow) -> EmptyRow:
         """What a query with no key gives.
@@ -106,11 +163,12 @@ def _split(cases: tuple[Case, ...], dtype: torch.dtype) -> tuple[Boolean, list[f
         numbers[float(case.number)] = case.when
     kept = numbers.pop(0.0, FALSE)
     for number in numbers:
-        _check_drops(number, dtype)
+        check_drops(number, dtype)
     return kept, list(numbers)
 
 
-def _check_drops(number: float, dtype: torch.dtype) -> None:
+def check_drops(number: float, dtype: torch.dtype) -> None:
+    """Refuse a number that does not drop a key for certain."""
     if not number <= torch.finfo(dtype).min / 2:
         raise Unreadable(
             f"{number} is added to scores of {dtype}, or put in their place; only 0,"

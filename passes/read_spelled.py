@@ -1,24 +1,24 @@
 """Read an attention that is spelled out: product, scale, masks, softmax, product."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from sympy import Expr
 from torch import Tensor
 from torch._ops import OpOverloadPacket
 from torch.fx import Node
 
-from ringcompile.ir.mask import EmptyRow, negate
-from ringcompile.passes.find_softmax import (
-    Spelled,
-    is_own_max,
-    keeps_elements,
-    same_shape,
-)
+from ringcompile.ir.mask import negate
+from ringcompile.passes.coordinates import COLUMN, ROW, Grid, align, climb
+from ringcompile.passes.find_softmax import Spelled, is_own_max, moves_elements
 from ringcompile.passes.op import Op, read_op, shape_of
-from ringcompile.passes.operands import find_operands
-from ringcompile.passes.parts import Parts, Refused, check_dropout, check_operands
+from ringcompile.passes.operands import Rows, find_heads, find_operands
+from ringcompile.passes.parts import Parts, Refused, check_dropout, check_lengths
+from ringcompile.passes.read_added import add_tensor, read_fill
 from ringcompile.passes.read_score import Score
+from ringcompile.passes.read_sink import add_sink
 from ringcompile.passes.read_values import Reader
 from ringcompile.passes.symbolic import Unreadable, Value, read_truth
 from ringcompile.passes.value_scalars import holds_tensor, is_constant, read_scalar
@@ -26,7 +26,36 @@ from ringcompile.torch_private import sizes_equal
 
 aten = torch.ops.aten
 
-_Step = Callable[[Reader, Op, Node, Score], Score]
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One op on the way from Q.K to the softmax.
+
+    Attributes:
+        reader: reads the graph.
+        op: the op.
+        below: the operand that holds the scores so far.
+        index: of the result's elements.
+        grid: batch and heads.
+    """
+
+    reader: Reader
+    op: Op
+    below: Node
+    index: Sequence[Expr]
+    grid: Grid
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the result."""
+        value = self.op.node.meta["val"]
+        assert isinstance(value, Tensor), "scores are a tensor"
+        return value.dtype
+
+    def truth(self, name: str) -> object:
+        """Where a bool operand holds, over ``i0 .. i3``."""
+        node = self.op.args[name]
+        return read_truth(self.reader.read(node).at(align(node, self.index)))
 
 
 def read_spelled(reader: Reader, spelled: Spelled) -> Parts:
@@ -36,66 +65,200 @@ def read_spelled(reader: Reader, spelled: Spelled) -> Parts:
         Refused: for an op on the way that no ring carries.
         Unreadable: for a mask that isn't a function of positions.
     """
-    product, output = spelled.way_down[0], spelled.outputs[0]
-    q, k = _read_factors(product)
     _check_weights(spelled)
+    output = spelled.outputs[0]
     dropout = _read_dropout(spelled)
-    weights, v = _read_factors(output)
-    if weights not in (spelled.softmax.weights, *spelled.way_out):
+    result = _read_result(spelled, output)
+    index = _climb_to_softmax(spelled, result)
+    _check_softmax(spelled, index)
+    way = list(_climb_to_product(spelled, index, result.grid))
+    product, at = way[-1]
+    q, k = _read_factors(product, at)
+    check_lengths(q.length, k.length, result.v.length)
+    score = _read_scale(Step(reader, _op(product), product, at, result.grid))
+    for (below, _), (node, here) in pairwise(way[::-1]):
+        step = Step(reader, _op(node), below, here, result.grid)
+        score = _read_step(step, score)
+    _check_keys(spelled, score, result, q)
+    dtype = output.meta["val"].dtype
+    # Autocast gives the product of wider operands the dtype of the result.
+    is_cast = product.meta["val"].dtype == dtype
+    operands = find_operands(
+        reader, (q, k, result.v), result.grid, dtype, is_cast=is_cast
+    )
+    score = score.cast(spelled.softmax.weights.meta["val"].dtype)
+    shape = (result.grid.batch, result.grid.heads, q.length, k.length)
+    return Parts(
+        *(output, shape, *operands, score, spelled.softmax.infinite, dropout),
+        transposed=result.transposed,
+    )
+
+
+def _op(node: Node) -> Op:
+    op = read_op(node)
+    assert op is not None, "the way leads over ops"
+    return op
+
+
+# ---- from the result up to the softmax -----------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """The product of weights and V.
+
+    Attributes:
+        weights: the operand that the weights are, up to views.
+        index: of its elements.
+        v: the other operand.
+        grid: batch and heads.
+        transposed: whether it is ``(..., E, S)``: V's transpose times the weights.
+    """
+
+    weights: Node
+    index: Sequence[Expr]
+    v: Rows
+    grid: Grid
+    transposed: bool
+
+
+def _read_result(spelled: Spelled, output: Node) -> _Result:
+    op = _op(output)
+    if op.packet not in {aten.matmul, aten.bmm}:
         raise Refused(
-            f"attention whose weights are the second operand of {output.name}",
-            because="only weights @ V is built so far",
+            f"attention whose result is made by {op.packet}",
+            because="what it adds to weights @ V isn't carried",
             instead="write weights @ V",
         )
-    _check_shapes(spelled, q, k)
-    check_operands(output, q, k, v, k_transposed=True)
-    score = Score(1.0)
-    for below, node in pairwise(spelled.way_down):
-        score = _read_step(reader, below, node, score)
-    operands = find_operands(reader, q, k, v, k_transposed=True)
-    score = score.cast(spelled.softmax.weights.meta["val"].dtype)
-    infinite = EmptyRow.NAN if spelled.softmax.is_one_op else None
-    return Parts(output, *operands, score, infinite, dropout)
+    left, right = op.slots
+    on_left = left in (spelled.softmax.weights, *spelled.way_out)
+    weights, v = (left, right) if on_left else (right, left)
+    if len(shape_of(v)) == 1:
+        raise Refused(
+            "attention with a V of one dim",
+            because="a ring carries rows of features",
+            instead="give V a dim of features of size 1",
+        )
+    grid = _find_grid(spelled, output)
+    matrix = [ROW, COLUMN] if on_left else [COLUMN, ROW]
+    index = align(weights, [*grid.full(output), *matrix])
+    rows = Rows.of(v, align_lead(v, grid, output), transposed=not on_left)
+    return _Result(weights, index, rows, grid, transposed=not on_left)
 
 
-def _read_factors(product: Node) -> tuple[Node, Node]:
-    op = read_op(product)
-    assert op is not None, "a product is an op"
-    if op.packet is not aten.matmul:
+def align_lead(node: Node, grid: Grid, output: Node) -> list[Expr]:
+    """The index into the leading dims of an operand of a product."""
+    return align_to(grid.full(output), shape_of(node)[:-2])
+
+
+def align_to(index: Sequence[Expr], lead: Sequence[object]) -> list[Expr]:
+    """The index of leading dims that broadcast to those of ``index``."""
+    own = index[len(index) - len(lead) :]
+    return [
+        e * 0 if sizes_equal(size, 1) else e  # type: ignore[arg-type]
+        for e, size in zip(own, lead, strict=True)
+    ]
+
+
+def _find_grid(spelled: Spelled, output: Node) -> Grid:
+    lead = shape_of(output)[:-2]
+    if len(lead) != 1:
+        return Grid.of(lead)
+    for node in (*spelled.way_down, *spelled.way_out):
+        batch, *heads = shape_of(node)[:-2]
+        is_split = len(heads) == 1 and isinstance(heads[0], int)
+        if is_split and sizes_equal(batch * heads[0], lead[0]):
+            return Grid.of(lead, heads[0])
+    operands = [*_op(spelled.way_down[0]).slots[-2:], *_op(output).slots]
+    return Grid.of(lead, find_heads(operands, lead))
+
+
+def _climb_to_softmax(spelled: Spelled, result: _Result) -> Sequence[Expr]:
+    """The index of the softmax's result."""
+    node, index = result.weights, result.index
+    while node is not spelled.softmax.weights:
+        op = _op(node)
+        index = climb(op, op.slots[0], index, result.grid)
+        node = op.slots[0]
+    return index
+
+
+def _climb_to_product(
+    spelled: Spelled, index: Sequence[Expr], grid: Grid
+) -> Iterator[tuple[Node, Sequence[Expr]]]:
+    """Every node from the softmax's scores up to Q.K, and its index."""
+    node = spelled.softmax.scores
+    for above in spelled.way_down[-2::-1]:
+        yield node, index
+        op = _op(node)
+        if op.packet is not aten.cat:  # whose first part starts where it starts
+            index = climb(op, above, index, grid)
+        node = above
+    yield node, index
+
+
+def _check_softmax(spelled: Spelled, index: Sequence[Expr]) -> None:
+    """It must be over the keys, and its rows must be the queries."""
+    dim = spelled.softmax.dim
+    over = [d for d, e in enumerate(index) if e.has(COLUMN)]
+    if over != [dim] or index[dim] != COLUMN or ROW not in index:
+        raise Refused(
+            f"attention with a softmax over dim {dim} of {len(index)}",
+            because="a query's weights must sum to 1 over its keys",
+            instead="take the softmax over the dim of keys",
+        )
+
+
+def _check_keys(spelled: Spelled, score: Score, result: "_Result", q: Rows) -> None:
+    """All weights, but the sink's, must reach V, and all queries the result."""
+    size = shape_of(spelled.softmax.weights)[spelled.softmax.dim]
+    keys = result.v.length + (score.sinks is not None)
+    rows = shape_of(spelled.outputs[0])[-1 if result.transposed else -2]
+    if not (sizes_equal(size, keys) and sizes_equal(rows, q.length)):
+        raise Refused(
+            f"attention with a softmax over {size} scores, {keys} of them used, for"
+            f" {q.length} queries, {rows} of them used",
+            because="what is left out isn't carried",
+            instead="use the weights of all keys and queries",
+        )
+
+
+def _read_factors(product: Node, index: Sequence[Expr]) -> tuple[Rows, Rows]:
+    """Q and K of a product of scores, either way round."""
+    op = _op(product)
+    if op.packet not in _SCORE_PRODUCTS:
         raise Refused(
             f"attention spelled with {op.packet}",
-            because="only torch.matmul on 4-D tensors is built so far (issue 4)",
+            because="its scores can't be read as products of a Q and a K",
             instead="spell it with torch.matmul, or call scaled_dot_product_attention",
         )
-    return op.slots[0], op.slots[1]
-
-
-def _check_shapes(spelled: Spelled, q: Node, k: Node) -> None:
-    softmax, product = spelled.softmax, spelled.way_down[0]
-    ndim = len(shape_of(product))
-    if softmax.dim != ndim - 1:
-        raise Refused(
-            f"attention with a softmax over dim {softmax.dim} of {ndim}",
-            because="a query's weights must sum to 1 over its keys, the last dim",
-            instead="take the softmax over the last dim",
-        )
-    for node in (*spelled.way_down[1:], softmax.weights):
-        if not same_shape(node, product):
-            raise Refused(
-                f"attention whose scores change shape from {list(shape_of(product))} to"
-                f" {list(shape_of(node))}",
-                because=f"{node.name} isn't an op on each score alone",
-                instead="keep scores (batch, heads, queries, keys) up to the softmax",
+    left, right = op.slots[-2:]
+    *lead, row, column = index
+    leads = [align_to(lead, shape_of(x)[:-2]) for x in (left, right)]
+    if any(e.has(ROW, COLUMN) for e in lead):
+        raise Unreadable("queries or keys run along a dim of the batch")
+    match row, column:
+        case first, second if (first, second) == (ROW, COLUMN):
+            return (
+                Rows.of(left, leads[0], transposed=False),
+                Rows.of(right, leads[1], transposed=True),
             )
-    if ndim == len(shape_of(q)) and not all(
-        sizes_equal(a, b)
-        for a, b in zip(shape_of(q)[:-1], shape_of(product)[:-1], strict=True)
-    ):
-        raise Refused(
-            f"attention of {shape_of(q)[1]} query heads over {shape_of(k)[1]} of K",
-            because="Q would be broadcast over the heads or batch of K",
-            instead="give Q the batch size and number of heads of the scores",
-        )
+        case first, second if (first, second) == (COLUMN, ROW):
+            return (
+                Rows.of(right, leads[1], transposed=True),
+                Rows.of(left, leads[0], transposed=False),
+            )
+    raise Refused(
+        f"attention whose scores {list(shape_of(product))} are shuffled before V",
+        because=f"row {row} and column {column} of {product.name} are no query and key",
+        instead="keep scores (batch, heads, queries, keys) up to the softmax",
+    )
+
+
+_SCORE_PRODUCTS = {aten.matmul, aten.bmm, aten.baddbmm}
+
+
+# ---- uses of the weights -------------------------------------------------------------
 
 
 def _check_weights(spelled: Spelled) -> None:
@@ -126,89 +289,59 @@ def _read_dropout(spelled: Spelled) -> float:
     return given[0] if given else 0.0
 
 
-# ---- one step from Q.K to softmax ----------------------------------------------------
+# ---- from Q.K down to the softmax ----------------------------------------------------
 
 
-def _read_step(reader: Reader, below: Node, node: Node, score: Score) -> Score:
-    """What ``node`` does to the scores that ``below`` holds."""
-    op = read_op(node)
-    assert op is not None, "the way down leads over ops"
+def _read_scale(step: Step) -> Score:
+    """What a product of scores multiplies with and adds."""
+    op = step.op
+    if op.packet is not aten.baddbmm:
+        return Score(1.0, dtype=step.dtype)
+    score = Score(float(read_scalar(op.args["alpha"])), dtype=step.dtype)
+    beta = float(read_scalar(op.args["beta"]))
+    if beta == 0:
+        return score
+    node = op.args["self"]
+    return add_tensor(step.reader, node, step, score, factor=beta)
+
+
+def _read_step(step: Step, score: Score) -> Score:
+    """What an op does to the scores of its operand."""
+    op = step.op
     if op.packet in _STEPS:
-        return _STEPS[op.packet](reader, op, below, score)
-    if keeps_elements(op) and op.packet is not aten.dropout:
-        return score.cast(_dtype(op))
-    if op.packet is aten.tanh:
-        raise Refused(
-            "attention with a softcap (tanh of scores)",
-            because="changes of scores other than scale and mask aren't built yet",
-            instead="switch the softcap off; this attention runs gathered",
-        )
+        return _STEPS[op.packet](step, score)
+    if op.packet is not aten.dropout and moves_elements(op):
+        return score.cast(step.dtype)
     raise Refused(
-        f"attention whose scores go through {node.target}",
-        because="changes of scores other than scale and mask aren't built yet",
-        instead="scale scores by a number and mask them, nothing else",
+        f"attention whose scores go through {op.node.target}",
+        because="a ring carries scale, softcap, biases, masks and sinks of scores only",
+        instead="change scores by these alone",
     )
 
 
-def _multiply(reader: Reader, op: Op, below: Node, score: Score) -> Score:
-    return score.multiply(_read_factor(reader, op, below), _dtype(op))
+def _multiply(step: Step, score: Score) -> Score:
+    return score.multiply(_read_factor(step), step.dtype)
 
 
-def _divide(reader: Reader, op: Op, below: Node, score: Score) -> Score:
-    if op.args["self"] is not below or op.args.get("rounding_mode") is not None:
+def _divide(step: Step, score: Score) -> Score:
+    op = step.op
+    if op.args["self"] is not step.below or op.args.get("rounding_mode") is not None:
         raise Unreadable(f"{op.node.name} divides by scores or rounds them")
-    return score.multiply(1.0 / _read_factor(reader, op, below), _dtype(op))
+    return score.multiply(1.0 / _read_factor(step), step.dtype)
 
 
-def _read_factor(reader: Reader, op: Op, below: Node) -> float:
+def _read_factor(step: Step) -> float:
     """The number that scores are multiplied with or divided by."""
-    others = [op.args[name] for name in ("self", "other") if op.args[name] is not below]
+    op = step.op
+    others = [
+        op.args[name] for name in ("self", "other") if op.args[name] is not step.below
+    ]
     if len(others) != 1:
         raise Unreadable(f"{op.node.name} multiplies scores with themselves")
     if not holds_tensor(others[0]):
         return float(read_scalar(others[0]))
     what = f"scores are scaled by {others[0].name}"
-    return _only_number(reader.read(others[0]), what)
-
-
-def _add(reader: Reader, op: Op, below: Node, score: Score) -> Score:
-    return score.add(_read_mask_operand(reader, op, below), _dtype(op))
-
-
-def _subtract(reader: Reader, op: Op, below: Node, score: Score) -> Score:
-    if op.args["self"] is below and is_own_max(op):
-        return score
-    raise Unreadable(f"{op.node.name} subtracts from scores")
-
-
-def _read_mask_operand(reader: Reader, op: Op, below: Node) -> Value:
-    others = [n for n in op.slots if n is not below]
-    if len(others) != 1 or op.args.get("alpha", 1) != 1:
-        raise Unreadable(f"{op.node.name} adds scores, or a multiple")
-    return reader.read(others[0])
-
-
-def _where(reader: Reader, op: Op, below: Node, score: Score) -> Score:
-    keeps = read_truth(reader.read(op.args["condition"]).broadcast(4))
-    other = op.args["other"]
-    if op.args["self"] is not below:
-        keeps, other = negate(keeps), op.args["self"]
-    return score.fill(negate(keeps), _read_fill(reader, other), _dtype(op))
-
-
-def _masked_fill(reader: Reader, op: Op, below: Node, score: Score) -> Score:
-    if op.args["self"] is not below:
-        raise Unreadable(f"scores are the mask of {op.node.name}")
-    dropped = read_truth(reader.read(op.args["mask"]).broadcast(4))
-    return score.fill(dropped, _read_fill(reader, op.args["value"]), _dtype(op))
-
-
-def _read_fill(reader: Reader, argument: object) -> float:
-    """The one number that replaces scores."""
-    if not holds_tensor(argument):
-        return float(read_scalar(argument))
-    assert isinstance(argument, Node), "a tensor of the graph is a node"
-    return _only_number(reader.read(argument), f"{argument.name} replaces scores")
+    return _only_number(step.reader.read(others[0]), what)
 
 
 def _only_number(value: Value, what: str) -> float:
@@ -219,17 +352,59 @@ def _only_number(value: Value, what: str) -> float:
     raise Unreadable(f"{what}, and it isn't one number")
 
 
-def _dtype(op: Op) -> torch.dtype:
-    value = op.node.meta["val"]
-    assert isinstance(value, Tensor), "scores are a tensor"
-    return value.dtype
+def _add(step: Step, score: Score) -> Score:
+    op = step.op
+    others = [n for n in op.slots if n is not step.below]
+    alpha = float(read_scalar(op.args.get("alpha", 1)))
+    if len(others) != 1 or (alpha != 1 and op.args["other"] is step.below):
+        raise Unreadable(f"{op.node.name} adds scores, or a multiple")
+    return add_tensor(step.reader, others[0], step, score, factor=alpha)
 
 
-_STEPS: dict[OpOverloadPacket, _Step] = {
+def _subtract(step: Step, score: Score) -> Score:
+    op = step.op
+    if op.args["self"] is not step.below:
+        raise Unreadable(f"{op.node.name} subtracts scores")
+    if is_own_max(op, list(step.index).index(COLUMN)):
+        return score
+    others = [n for n in op.slots if n is not step.below]
+    alpha = float(read_scalar(op.args.get("alpha", 1)))
+    if len(others) != 1:
+        raise Unreadable(f"{op.node.name} subtracts from scores")
+    return add_tensor(step.reader, others[0], step, score, factor=-alpha)
+
+
+def _where(step: Step, score: Score) -> Score:
+    keeps = step.truth("condition")
+    other = step.op.args["other"]
+    if step.op.args["self"] is not step.below:
+        keeps, other = negate(keeps), step.op.args["self"]
+    number = read_fill(step.reader, other)
+    return score.fill(negate(keeps), number, step.dtype)
+
+
+def _masked_fill(step: Step, score: Score) -> Score:
+    if step.op.args["self"] is not step.below:
+        raise Unreadable(f"scores are the mask of {step.op.node.name}")
+    number = read_fill(step.reader, step.op.args["value"])
+    return score.fill(step.truth("mask"), number, step.dtype)
+
+
+def _tanh(_step: Step, score: Score) -> Score:
+    return score.take_tanh()
+
+
+def _sink(step: Step, score: Score) -> Score:
+    return add_sink(step.op, step.below, step.index, score, step.grid)
+
+
+_STEPS: dict[OpOverloadPacket, Callable[[Step, Score], Score]] = {
     aten.mul: _multiply,
     aten.div: _divide,
     aten.add: _add,
     aten.sub: _subtract,
     aten.where: _where,
     aten.masked_fill: _masked_fill,
+    aten.tanh: _tanh,
+    aten.cat: _sink,
 }

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from ringcompile.ir.mask import Mask
+from ringcompile.passes.op import shape_of
+from ringcompile.passes.symbolic import Size
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,17 +16,35 @@ class Operand:
     """A Q, K or V of a region.
 
     Attributes:
-        node: a 4-D node ``(B, heads, S, D)``; K and V un-repeated, with their G heads.
-        transposed: whether the node is ``(B, heads, D, S)`` instead.
+        node: ``(B, heads, S, D)``; K and V un-repeated, with their G heads.
+        transposed: whether it is ``(B, heads, D, S)`` instead.
+        view: the shape of these four dims, if the node has others.
     """
 
     node: Node
     transposed: bool = False
+    view: tuple[Size, ...] = ()
 
     @property
-    def sequence_dim(self) -> int:
-        """The dim of ``node`` that is the sequence."""
-        return 3 if self.transposed else 2
+    def shape(self) -> tuple[Size, ...]:
+        """``(B, heads, S, D)``."""
+        batch, heads, *matrix = self.view or shape_of(self.node)
+        return (batch, heads, *(matrix[::-1] if self.transposed else matrix))
+
+
+@dataclass(frozen=True, slots=True)
+class BiasOperand:
+    """A float tensor that is added to scores.
+
+    Attributes:
+        node: the tensor.
+        view: its shape as ``(B or 1, H or 1, S or 1, S or 1)``.
+        factor: what it is multiplied with.
+    """
+
+    node: Node
+    view: tuple[Size, ...]
+    factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +52,8 @@ class Region:
     """One attention that can become a ring.
 
     Attributes:
-        output: the node ``(B, H, S, E)`` that the ring's result replaces.
+        output: the node that the ring's result replaces: ``(B, H, S, E)`` viewed in
+            its shape.
         q, k, v: the operands.
         scale: factor of ``<Q, K>``.
         mask: the pairs that count, over captures.
@@ -40,6 +61,10 @@ class Region:
             one, or a mask of pairs that the user passes in.
         where: the user's ``file:line`` and the node's name.
         dropout: share of weights that are dropped.
+        transposed: whether the output is a view of ``(B, H, E, S)`` instead.
+        softcap: as of ``ir.attention.RankPlan``.
+        biases: what is added to scores.
+        sinks: ``(H,)`` scores of one more key per head, whose value is 0.
         is_cross: whether keys are tokens of another sequence than queries.
     """
 
@@ -52,6 +77,10 @@ class Region:
     captures: tuple[Node, ...]
     where: str
     dropout: float = 0.0
+    transposed: bool = False
+    softcap: float | None = None
+    biases: tuple[BiasOperand, ...] = ()
+    sinks: Node | None = None
     is_cross: bool = False
 
 

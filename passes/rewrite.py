@@ -163,6 +163,8 @@ class _Writer:
             return size if isinstance(size, Node) else emit.call(operator.index, size)
         if decision.gathered:
             self._note_gathers(node, decision.gathered)
+        if node.target is RING_ATTENTION:
+            self._note_bias_gathers(op, decision)
         operands = [
             emit.operand(n, wanted, by_shards=decision.is_sharded)
             for n, wanted in zip(op.slots, decision.operands, strict=True)
@@ -233,6 +235,18 @@ class _Writer:
             if self._decisions[node].placement is not None
         ]
 
+    def _note_bias_gathers(self, op: Op, decision: Decision) -> None:
+        """A bias that lies otherwise than its attention reads it is made whole."""
+        for operand, wanted in zip(op.slots, decision.operands, strict=True):
+            have = self._decisions[operand].placement
+            if have is not None and have != wanted:
+                because = "a row of biases is read over all keys"
+                what = f"bias {operand.name}"
+                gathered = Gathered(
+                    where(op.node), op.node.name, what, _bytes(operand), because
+                )
+                self.gathered.append(gathered)
+
     def _write_output(self) -> None:
         old = self._old.output_node()
         number = 0
@@ -240,11 +254,15 @@ class _Writer:
         def result(node: Node) -> Node:
             nonlocal number
             number += 1
-            sharded = self._decisions[node].placement is not None
-            if not (sharded and self._sharding.gathers_outputs):
+            shard = self._decisions[node].placement
+            if shard is None:
                 return self._emit.env[node]
-            what = f"output {number - 1}"
             because = 'outputs="gathered"'
+            if not self._sharding.gathers_outputs:
+                if not self._emit.is_part(shard):
+                    return self._emit.env[node]
+                because = "a part of the sequence has no shards of its own"
+            what = f"output {number - 1}"
             made_at = where(node)
             self.gathered.append(
                 Gathered(made_at, node.name, what, _bytes(node), because)

@@ -56,15 +56,12 @@ def mark_cross(found: Sequence[Region | Refusal]) -> tuple[Region | Refusal, ...
 
 
 def _is_square(region: Region) -> bool:
-    q, k = region.q, region.k
-    return sizes_equal(
-        shape_of(q.node)[q.sequence_dim], shape_of(k.node)[k.sequence_dim]
-    )
+    return sizes_equal(region.q.shape[2], region.k.shape[2])
 
 
 def _find_origin(region: Region, queries: dict[Node, Node]) -> _Origin:
     of_queries = _climb(region.q.node, queries, frozenset())
-    length = shape_of(region.k.node)[region.k.sequence_dim]
+    length = region.k.shape[2]
     shares = attended = foreign = False
     for node in _climb(region.k.node, {}, of_queries | queries.keys()):
         if node in of_queries:

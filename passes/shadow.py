@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.fx.traceback as fx_traceback
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
@@ -19,8 +20,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ringcompile.passes.composites import WRITTEN_OUT
 from ringcompile.passes.places import Move, find_place, innermost_module, move_modules
-from ringcompile.torch_private import fake_inputs
+from ringcompile.torch_private import AUTOCAST_CALLS, ENTER_AUTOCAST, fake_inputs
 
 # Higher-order op -> how many leading arguments are not operands of its body.
 _INLINED = {
@@ -109,6 +111,14 @@ class _Inliner(Interpreter):
         self.move = move
         # The module whose call of a body was traced: its name is on the body's nodes.
         self.homes = {} if homes is None else homes
+        self.autocasts: list[torch.autocast] = []
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            while self.autocasts:  # of a trace that failed
+                self.autocasts.pop().__exit__(None, None, None)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
         with _meta(self.entries):
@@ -119,7 +129,22 @@ class _Inliner(Interpreter):
         with _meta(self.entries):
             if name in _INLINED and isinstance(args[0], GraphModule):
                 return self._inline(name, args, kwargs)
+            target = WRITTEN_OUT.get(target, target)
+            if target in AUTOCAST_CALLS:
+                return self._switch_autocast(target, args)
             return super().call_function(target, args, kwargs)
+
+    def _switch_autocast(self, target: object, args: Any) -> object:  # noqa: ANN401
+        """Record the call and do it too: a trace alone gives values of no autocast."""
+        if target is ENTER_AUTOCAST:
+            device_type, dtype, enabled, cache_enabled = args
+            mode = torch.autocast(
+                device_type, dtype, enabled, cache_enabled=cache_enabled
+            )
+            self.autocasts.append(mode)
+            return mode.__enter__()
+        self.autocasts.remove(args[0])
+        return args[0].__exit__(None, None, None)
 
     @property
     def entries(self) -> dict[str, object]:

@@ -21,6 +21,8 @@ LIBRARY = torch.library.Library("ringcompile", "DEF")
 #                   is `ir.reshard.format_spec` of a `ReshardSpec`. The cut dim may be a
 #                   flattening [outer, length, inner]; pads copy the last position, or
 #                   are `fill`.
+#   find_kept       which elements dropout keeps, by a hash of a seed and of where they
+#                   stand: `at` are indices that broadcast against each other.
 #   hop, all_gather, all_reduce  start communication, `_c10d_functional.wait_tensor`
 #                   ends it. `deps` only order; dst or src = -1: no peer, no rows.
 #   keep, touch     copies of x that make `deps` needed; `keep` is saved for backward.
@@ -36,6 +38,11 @@ LIBRARY = torch.library.Library("ringcompile", "DEF")
 #                   float64 for float64. The backward takes the merged out and lse.
 #                   `block_order` is `natural` or `hilbert` (SEMANTICS.md 4b).
 #                   `dropout` of weights; `seed` is the capture that holds its seed.
+#                   `softcap` and `biases` change scores as `ir.attention` says; rows of
+#                   a bias are the tile's n queries or one, its columns those of all
+#                   keys. `relative` are numbers of biases. The backward gives dq, dk,
+#                   dv and gradients of the biases of which `learned` are the numbers:
+#                   where a bias has a column per key, of the tile's m keys.
 #   block_gradients gradients of the scores, summed over blocks of queries and keys:
 #                   (B, H, num_blocks, num_blocks).
 _SCHEMAS = """
@@ -49,6 +56,8 @@ gather(Tensor x, int dim, SymInt length, SymInt outer=1, SymInt inner=1, *,
 reduce(Tensor x, *, str spec) -> Tensor;
 spread(Tensor[] xs, *, str spec) -> Tensor[];
 scale_grad(Tensor x, float factor) -> Tensor;
+
+find_kept(Tensor seed, Tensor[] at, float rate) -> Tensor;
 
 hop(Tensor[] payload, Tensor[] deps, int dst, int src, SymInt[] recv_rows, int tag,
     str group_name, float timeout_s) -> Tensor[];
@@ -65,16 +74,17 @@ sum_up_blocks(Tensor q, Tensor k, Tensor[] captures, *, str plan) -> (Tensor q_m
 choose_blocks(Tensor scores, Tensor has_key, int count, bool is_causal) -> Tensor;
 
 masked_attention(Tensor q, Tensor k, Tensor v, Tensor q_pos, Tensor k_pos,
-    Tensor[] captures, *, str mask, float scale,
-    str block_order="natural", float dropout=0.0,
-    int seed=-1) -> (Tensor out, Tensor lse);
+    Tensor[] captures, Tensor[] biases, *, str mask, float scale,
+    str block_order="natural", float dropout=0.0, int seed=-1, float? softcap=None,
+    int[] relative=[]) -> (Tensor out, Tensor lse);
 masked_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out,
-    Tensor lse, Tensor q_pos, Tensor k_pos, Tensor[] captures, *, str mask,
-    float scale, str block_order="natural", float dropout=0.0,
-    int seed=-1) -> (Tensor dq, Tensor dk, Tensor dv);
+    Tensor lse, Tensor q_pos, Tensor k_pos, Tensor[] captures, Tensor[] biases, *,
+    str mask, float scale, str block_order="natural", float dropout=0.0, int seed=-1,
+    float? softcap=None, int[] relative=[], int[] learned=[]) -> Tensor[];
 block_gradients(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
-    Tensor q_pos, Tensor k_pos, Tensor[] captures, SymInt num_blocks, int block, *,
-    str mask, float scale, float dropout=0.0, int seed=-1) -> Tensor;
+    Tensor q_pos, Tensor k_pos, Tensor[] captures, Tensor[] biases, SymInt num_blocks,
+    int block, *, str mask, float scale, float dropout=0.0, int seed=-1,
+    float? softcap=None, int[] relative=[]) -> Tensor;
 """
 
 for _schema in _SCHEMAS.split(";")[:-1]:
@@ -87,6 +97,7 @@ GATHER = _OPS.gather.default
 REDUCE = _OPS.reduce.default
 SPREAD = _OPS.spread.default
 SCALE_GRAD = _OPS.scale_grad.default
+FIND_KEPT = _OPS.find_kept.default
 HOP = _OPS.hop.default
 ALL_GATHER = _OPS.all_gather.default
 ALL_REDUCE = _OPS.all_reduce.default
@@ -154,15 +165,26 @@ def _masked_shapes(
 def _block_gradient_shape(
     _grad_out: Tensor, q: Tensor, *rest: object, **_options: object
 ) -> Tensor:
-    num_blocks: int = rest[7]  # type: ignore[assignment]
+    num_blocks: int = rest[8]  # type: ignore[assignment]
     shape = (*q.shape[:2], num_blocks, num_blocks)
     return q.new_empty(shape, dtype=accumulation_dtype(q.dtype))
 
 
 @torch.library.register_fake("ringcompile::masked_attention_backward", lib=LIBRARY)
 def _masked_backward_shapes(
-    _grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_rest: object, **_opt: object
-) -> tuple[Tensor, Tensor, Tensor]:
+    _grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *rest: Tensor | Sequence[Tensor],
+    relative: Sequence[int] = (),
+    learned: Sequence[int] = (),
+    **_options: object,
+) -> list[Tensor]:
+    shapes = [x.shape for x in (q, k, v)]
+    for n in learned:
+        shape = rest[-1][n].shape
+        of_keys = n not in relative and shape[3] != 1
+        shapes.append(torch.Size((*shape[:3], k.shape[2])) if of_keys else shape)
     dtype = accumulation_dtype(q.dtype)
-    dq, dk, dv = (x.new_empty(x.shape, dtype=dtype) for x in (q, k, v))
-    return dq, dk, dv
+    return [q.new_empty(shape, dtype=dtype) for shape in shapes]

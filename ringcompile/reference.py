@@ -15,7 +15,7 @@ from ringcompile.ir.evaluate import evaluate
 from ringcompile.ir.mask import TRUE, EmptyRow, Mask
 
 
-def attention(
+def attention(  # noqa: PLR0913 - all that changes scores
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -23,6 +23,9 @@ def attention(
     mask: Mask | Boolean = TRUE,
     captures: Sequence[Tensor] = (),
     scale: float | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Exact attention (section 1).
 
@@ -33,6 +36,10 @@ def attention(
         mask: the pairs that count, and what a row without a key gives.
         captures: what the mask reads.
         scale: factor of ``<Q, K>``; None for ``D ** -0.5``.
+        softcap: scaled scores x become ``softcap * tanh(x / softcap)``; None: they
+            stay.
+        bias: then added, broadcast to ``(B, H, S, S)``; -inf drops a pair.
+        sinks: ``(H,)``, the score of one more key per head, whose value is 0.
 
     Returns:
         float64 ``(B, H, S, E)``.
@@ -40,6 +47,13 @@ def attention(
     empty_row = mask.empty_row if isinstance(mask, Mask) else EmptyRow.ZERO
     kept = kept_pairs(mask, q, captures, num_keys=k.shape[2])
     scores = _scores(q, k, scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        kept = kept & (bias != -torch.inf)
+        scores = scores + torch.where(bias == -torch.inf, 0.0, bias.double())
+    if sinks is not None:
+        return _mix_with_sinks(scores, kept, _per_query_head(v, q), sinks)
     out = _mix(scores, kept.double(), _per_query_head(v, q))
     some = kept.any(-1, keepdim=True)
     if empty_row is EmptyRow.NAN:
@@ -231,6 +245,16 @@ def _mix(scores: Tensor, counts: Tensor, values: Tensor) -> Tensor:
     # In rows without a key any finite scores do: autograd of all -inf would be NaN.
     log_counts = torch.where(some, counts.log(), 0.0)
     return (scores + log_counts).softmax(-1) @ values * some
+
+
+def _mix_with_sinks(
+    scores: Tensor, kept: Tensor, values: Tensor, sinks: Tensor
+) -> Tensor:
+    """The same with a last key that every query has."""
+    last = sinks.double().view(1, -1, 1, 1).expand_as(scores[..., :1])
+    counts = torch.cat([kept, torch.ones_like(kept[..., :1])], -1).double()
+    values = torch.cat([values, torch.zeros_like(values[:, :, :1])], 2)
+    return _mix(torch.cat([scores, last], -1), counts, values)
 
 
 def _denominator(scores: Tensor, counts: Tensor) -> Tensor:

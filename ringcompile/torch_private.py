@@ -28,13 +28,13 @@ __all__ = ["Work"]  # the rest is defined here
 SET_GRAD_ENABLED = torch._C._set_grad_enabled  # noqa: SLF001
 """The call by which a graph turns gradients on and off."""
 
-AUTOCAST_CALLS = frozenset(
-    {
-        torch.amp.autocast_mode._enter_autocast,  # noqa: SLF001
-        torch.amp.autocast_mode._exit_autocast,  # noqa: SLF001
-    }
-)
-"""The calls by which a graph enters and leaves autocast."""
+ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast  # noqa: SLF001
+"""The call by which a graph enters autocast."""
+
+EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast  # noqa: SLF001
+"""The call by which it leaves what that returned."""
+
+AUTOCAST_CALLS = frozenset({ENTER_AUTOCAST, EXIT_AUTOCAST})
 
 WAIT_TENSOR = torch.ops._c10d_functional.wait_tensor.default  # noqa: SLF001
 """The op that ends communication."""
@@ -102,6 +102,16 @@ def find_running_modules() -> tuple[nn.Module, ...]:
             found += [module] if isinstance(module, nn.Module) else []
         frame = frame.f_back
     return tuple(reversed(found)) if frame is not None else ()
+
+
+def is_split_by_ddp() -> bool:
+    """Whether the graph at hand is a piece that DDP's optimizer has cut out of one."""
+    frame: FrameType | None = sys._getframe()  # noqa: SLF001 - only the stack knows
+    while frame is not None:
+        if frame.f_code.co_name == "compile_submod":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def observe_pass(gm: GraphModule, name: str) -> AbstractContextManager[object]:

@@ -63,6 +63,45 @@ def test_masks_with_captures_are_torchs() -> None:
     )
 
 
+def test_biases_are_torchs() -> None:
+    q, k, v, _ = tensors()
+    bias = torch.randn(1, H, S, S, dtype=torch.float64).tril().requires_grad_()
+    hidden = bias.masked_fill(torch.ones(S, S, dtype=torch.bool).triu(1), -torch.inf)
+    want = F.scaled_dot_product_attention(q, k, v, attn_mask=hidden, enable_gqa=True)
+    for got in (
+        reference.attention(q, k, v, bias=hidden),
+        reference.attention(q, k, v, bias=bias, mask=causal()),
+    ):
+        torch.testing.assert_close(got, want)
+        for ours, torchs in zip(
+            *(
+                torch.autograd.grad(x.sin().sum(), (q, bias), retain_graph=True)
+                for x in (got, want)
+            ),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, torchs)
+
+
+def test_softcap_and_sinks_pair_by_pair() -> None:
+    q, k, v, _ = (x.detach() for x in tensors(G=H))
+    sinks, softcap = torch.randn(H, dtype=torch.float64), 0.7
+    out = reference.attention(
+        q, k, v, mask=causal(), scale=0.3, softcap=softcap, sinks=sinks
+    )
+    for h in range(H):
+        for i in range(S):
+            weights = [
+                math.exp(
+                    softcap * math.tanh(0.3 * float(q[0, h, i] @ k[0, h, j]) / softcap)
+                )
+                for j in range(i + 1)
+            ]
+            total = sum(weights) + math.exp(sinks[h])
+            want = sum(w / total * v[0, h, j] for j, w in enumerate(weights))
+            torch.testing.assert_close(out[0, h, i], want)
+
+
 def test_lse_is_the_log_of_the_denominator() -> None:
     q, k, _, _ = (x.detach() for x in tensors())
     got = reference.log_sum_exp(

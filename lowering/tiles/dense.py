@@ -62,7 +62,8 @@ def attend(
     backend = choose_backend(q, v)
     if backend is Backend.CPU_FLASH:
         # Else each tile's results are rounded, and a ring has many.
-        q, k, v = (x.to(ops.accumulation_dtype(x.dtype)) for x in (q, k, v))
+        dtype = ops.accumulation_dtype(q.dtype)
+        q, k, v = (_with_features_last(x.to(dtype)) for x in (q, k, v))
         out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001
             q, k, v, 0.0, is_causal, scale=scale
         )
@@ -77,7 +78,7 @@ def attend(
         )
     else:
         out, lse = ops.MASKED_ATTENTION(
-            *(q, k, v, _rows(q), _rows(k), []), mask=_MASKS[is_causal], scale=scale
+            *(q, k, v, _rows(q), _rows(k), [], []), mask=_MASKS[is_causal], scale=scale
         )
     return out.to(ops.accumulation_dtype(q.dtype)), lse
 
@@ -112,10 +113,7 @@ def attend_backward(  # noqa: PLR0913 - what a backward reads
     tensors = (grad_out, q, k, v, out)
     if backend is Backend.CPU_FLASH:
         dtype = ops.accumulation_dtype(q.dtype)
-        tensors = (
-            *(grad_out.to(dtype), q.to(dtype), k.to(dtype), v.to(dtype)),
-            out.to(dtype),
-        )
+        tensors = tuple(_with_features_last(x.to(dtype)) for x in tensors)
         grads = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(  # noqa: SLF001
             *tensors, lse, 0.0, is_causal, scale=scale
         )
@@ -135,12 +133,17 @@ def attend_backward(  # noqa: PLR0913 - what a backward reads
         )
     else:
         grads = ops.MASKED_ATTENTION_BACKWARD(
-            *(*tensors, lse, _rows(q), _rows(k), []),
+            *(*tensors, lse, _rows(q), _rows(k), [], []),
             mask=_MASKS[is_causal],
             scale=scale,
         )
     dq, dk, dv = grads
     return dq, dk, dv
+
+
+def _with_features_last(x: Tensor) -> Tensor:
+    """``x`` with features next to each other: the CPU kernel takes that for granted."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which weights dropout keeps: a hash of the seed and of where a weight stands.
+"""What dropout keeps: a hash of the seed and of where a weight or element stands.
 
 Invariant: it does not depend on ranks, layouts or tiles, so that each of them, and
 backward, draws the same (SEMANTICS.md, "Dropout of weights").
@@ -8,18 +8,20 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ringcompile import ops
 from ringcompile.ir.evaluate import shift_right, splitmix64
 
 _BITS = 31
 
 
 def find_kept(seed: Tensor, at: Sequence[Tensor], rate: float) -> Tensor:
-    """Whether each weight is kept, with probability ``1 - rate``.
+    """Whether each weight or element is kept, with probability ``1 - rate``.
 
     Args:
         seed: one int64 number.
-        at: int64 tensors ``(b, h, q, k)`` that broadcast against each other.
-        rate: share of weights that are dropped.
+        at: int64 tensors that broadcast against each other: ``(b, h, q, k)`` of a
+            weight, or the indices of an element.
+        rate: share that is dropped.
 
     Returns:
         bool tensor of the broadcast shape.
@@ -30,3 +32,6 @@ def find_kept(seed: Tensor, at: Sequence[Tensor], rate: float) -> Tensor:
     for index in at:
         x = splitmix64(x ^ index)
     return shift_right(x, 64 - _BITS) >= round(rate * (1 << _BITS))
+
+
+ops.LIBRARY.impl("find_kept", find_kept, "CompositeImplicitAutograd")

@@ -44,6 +44,9 @@ _LN_2 = log(2.0)
 def takes(part: PartProgram, q: Tensor, v: Tensor) -> bool:
     """Whether these kernels compute a piece.
 
+    None of a plan that changes scores: they could, as long as no bias has a gradient,
+    but so far plain operators do.
+
     Args:
         part: the part it belongs to.
         q: its queries.
@@ -52,6 +55,8 @@ def takes(part: PartProgram, q: Tensor, v: Tensor) -> bool:
     plan = part.frame.plan
     mask = parse_mask(part.mask)
     if plan.kernel == "math" or plan.dropout is not None or part.is_selected:
+        return False
+    if plan.changes_scores:
         return False
     if mask.choice is not None or any(map(is_table, mask.keeps.atoms())):
         return False

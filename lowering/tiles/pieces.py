@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ringcompile import ops
 from ringcompile.ir.schedule import Kernel, Piece
+from ringcompile.lowering.bias_sums import BiasSums
 from ringcompile.lowering.cut_selected import Call
 from ringcompile.lowering.program import PartProgram, TileProgram
 from ringcompile.lowering.rows import Size, Values, take_rows
@@ -42,17 +43,22 @@ def attend_piece(
         positions = _positions(part, tile, piece)
         return flex.attend(part, tile, piece, (q, k, v), positions)
     out, lse = ops.MASKED_ATTENTION(
-        *(q, k, v, *_positions(part, tile, piece), list(part.captures)),
+        *(q, k, v, *_positions(part, tile, piece), *_read(part, piece)),
         mask=part.mask,
         scale=scale,
         block_order=part.frame.plan.block_order,
-        **_dropout(part),
+        **_options(part),
     )
     return out, lse
 
 
 def piece_gradients(
-    part: PartProgram, tile: TileProgram, piece: Piece, queries: Values, kv: Values
+    part: PartProgram,
+    tile: TileProgram,
+    piece: Piece,
+    queries: Values,
+    kv: Values,
+    of_biases: BiasSums,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv of a piece.
 
@@ -63,6 +69,7 @@ def piece_gradients(
         queries: gradient of the output, q, merged out and merged lse of the part's
             queries.
         kv: the tile's K and V.
+        of_biases: where the piece's gradients of biases are added.
 
     Returns:
         Gradients of the piece's rows.
@@ -81,13 +88,16 @@ def piece_gradients(
     if flex.takes(part, q, v):
         positions = _positions(part, tile, piece)
         return flex.attend_backward(part, tile, piece, tensors, positions)
-    dq, dk, dv = ops.MASKED_ATTENTION_BACKWARD(
-        *(*tensors, *_positions(part, tile, piece), list(part.captures)),
+    positions = _positions(part, tile, piece)
+    dq, dk, dv, *d_biases = ops.MASKED_ATTENTION_BACKWARD(
+        *(*tensors, *positions, *_read(part, piece)),
         mask=part.mask,
         scale=scale,
         block_order=part.frame.plan.block_order,
-        **_dropout(part),
+        learned=[n for n, bias in enumerate(part.biases) if bias.is_learned],
+        **_options(part),
     )
+    of_biases.add(piece, positions[1], tuple(d_biases))
     return dq, dk, dv
 
 
@@ -112,10 +122,10 @@ class BlockSums:
             tensors = (grad_out, q, k, v, out, lse, *_positions(part, tile, piece))
             self._sums.append(
                 ops.BLOCK_GRADIENTS(
-                    *(*tensors, list(part.captures), self._num_blocks, choice.block),
+                    *(*tensors, *_read(part, piece), self._num_blocks, choice.block),
                     mask=part.mask,
                     scale=plan.scale,
-                    **_dropout(part),
+                    **_options(part),
                 )
             )
 
@@ -124,10 +134,26 @@ class BlockSums:
         return reduce(torch.add, self._sums)
 
 
-def _dropout(part: PartProgram) -> dict[str, float]:
-    """What ops read of the weights that are dropped; nothing if none are."""
-    dropout = part.frame.plan.dropout
-    return {} if dropout is None else {"dropout": dropout.rate, "seed": dropout.seed}
+def _read(part: PartProgram, piece: Piece) -> tuple[list[Tensor], list[Tensor]]:
+    """Captures, and biases of the piece's queries."""
+    biases = [
+        take_rows(bias.tensor, piece.q, part.frame.chunk)
+        if bias.traits.is_cut
+        else bias.tensor
+        for bias in part.biases
+    ]
+    return list(part.captures), biases
+
+
+def _options(part: PartProgram) -> dict[str, object]:
+    """What ops read of what is done to scores and weights; what is not is not named."""
+    plan, options = part.frame.plan, dict[str, object]()
+    if plan.dropout is not None:
+        options |= {"dropout": plan.dropout.rate, "seed": plan.dropout.seed}
+    if plan.changes_scores:
+        relative = [n for n, x in enumerate(part.biases) if x.traits.is_relative]
+        options |= {"softcap": plan.softcap, "relative": relative}
+    return options
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,14 @@ from torch._ops import OpOverloadPacket
 
 from ringcompile.passes.dims import Dims, Factors
 from ringcompile.passes.op import Op
-from ringcompile.passes.rules import contractions, pointwise, selections, views
+from ringcompile.passes.rules import (
+    contractions,
+    losses,
+    pieces,
+    pointwise,
+    selections,
+    views,
+)
 from ringcompile.passes.rules.flow import Flow
 
 Rule = Callable[[Op, Factors, list[Dims]], Flow | None]
@@ -21,6 +28,8 @@ RULES: dict[OpOverloadPacket, Rule] = {
     **views.RULES,
     **contractions.RULES,
     **selections.RULES,
+    **pieces.RULES,
+    **losses.RULES,
     **pointwise.RULES,
 }
 

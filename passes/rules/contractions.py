@@ -51,7 +51,7 @@ def _product(
 ) -> Flow | None:
     left, right = (operands[s] for s in slots)
     if min(len(left), len(right)) < _MATRIX:
-        return None
+        return _product_with_vector(op, factors, operands)
     factors.unite(left[-1], right[-2])
     shape = shape_of(op.node)
     rank = len(shape)
@@ -76,6 +76,64 @@ def _product(
     return Flow(tuple(out), frozenset(links))
 
 
+def _product_with_vector(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
+    """``(..., C) x (C,)`` and ``(C,) x (..., C, J)``."""
+    left, right = operands
+    if len(right) == 1:
+        factors.unite(left[-1], right[0])
+        links = {Link(0, d, d) for d in range(len(left) - 1)}
+        return Flow(left[:-1], frozenset(links))
+    factors.unite(left[0], right[-2])
+    order = [d for d in range(len(right)) if d != len(right) - 2]
+    links = {Link(1, d, i) for i, d in enumerate(order)}
+    return Flow(tuple(right[d] for d in order), frozenset(links))
+
+
+def einsum(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
+    """Each index of the result is one dim of every operand that has it."""
+    terms = read_terms(op)
+    if terms is None:
+        return None
+    *inputs, out = terms
+    dims: dict[str, tuple[int, ...]] = {}
+    links = set()
+    for slot, term in enumerate(inputs):
+        for d, index in enumerate(term):
+            factors.unite(dims.setdefault(index, operands[slot][d]), operands[slot][d])
+            if index in out:
+                links.add(Link(slot, d, out.index(index)))
+    return Flow(tuple(dims[index] for index in out), frozenset(links))
+
+
+def read_terms(op: Op) -> list[str] | None:
+    """Indices of each operand and of the result; None for what isn't spelled out."""
+    equation = op.args["equation"].replace(" ", "")
+    inputs, arrow, out = equation.partition("->")
+    terms = [*inputs.split(","), out]
+    if not arrow or "." in equation or any(len(set(t)) != len(t) for t in terms):
+        return None
+    sizes: dict[str, object] = {}
+    for term, node in zip(terms[:-1], op.slots, strict=True):
+        for index, size in zip(term, shape_of(node), strict=True):
+            if not sizes_equal(sizes.setdefault(index, size), size):  # type: ignore[arg-type]
+                return None
+    return terms
+
+
+def tensordot(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
+    """The dims that are not summed over: the left's, then the right's."""
+    dims: list[tuple[int, ...]] = []
+    links = set()
+    for slot, name in enumerate(("dims_self", "dims_other")):
+        rank = op.rank(slot)
+        summed = {d % rank for d in op.args[name]}
+        for d in range(rank):
+            if d not in summed:
+                links.add(Link(slot, d, len(dims)))
+                dims.append(operands[slot][d])
+    return Flow(tuple(dims), frozenset(links))
+
+
 def embedding(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
     """Rows of a table by index: ``(V, E)`` and ``(...)`` give ``(..., E)``."""
     weight, indices = operands
@@ -93,5 +151,7 @@ RULES = {
     aten.bmm: matmul,
     aten.addmm: addmm,
     aten.baddbmm: addmm,
+    aten.einsum: einsum,
+    aten.tensordot: tensordot,
     aten.embedding: embedding,
 }

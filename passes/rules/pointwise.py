@@ -1,5 +1,7 @@
 """Ops that compute each element alone, operands broadcast against each other."""
 
+from dataclasses import replace
+
 import torch
 
 from ringcompile.passes.dims import Dims, Factors
@@ -31,10 +33,22 @@ def broadcast(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
 
 
 def dropout(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
-    """Dropout that drops nothing is the identity; any other is no rule's."""
-    if op.args["p"] == 0 or not op.args["train"]:
-        return broadcast(op, factors, operands)
-    return None
+    """Dropout that drops nothing is the identity; any other must know its place."""
+    flow = broadcast(op, factors, operands)
+    drops = op.args["p"] != 0 and op.args["train"]
+    return replace(flow, links=frozenset()) if drops and flow else flow
+
+
+def prelu(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
+    """The weight is one number, or runs along dim 1."""
+    dims = operands[0]
+    links = {Link(0, d, d) for d in range(len(dims))}
+    if shape_of(op.slots[1]) != (1,):
+        if len(dims) == 1:
+            return None
+        factors.unite(dims[1], operands[1][0])
+        links.add(Link(1, 0, 1))
+    return Flow(dims, frozenset(links))
 
 
 # Composite ops that carry no ``pointwise`` tag but are.
@@ -53,4 +67,7 @@ _UNTAGGED = (
 RULES = {getattr(aten, name): broadcast for name in _UNTAGGED} | {
     aten.dropout: dropout,
     aten.feature_dropout: dropout,
+    aten.alpha_dropout: dropout,
+    aten.prelu: prelu,
+    aten.broadcast_tensors: broadcast,
 }

@@ -154,6 +154,20 @@ def creation(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
     return Flow(dims, frozenset(), sizes="size", is_constant=True)
 
 
+def batch_norm(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
+    """By stored statistics each element is alone; channels are dim 1."""
+    rank = op.rank(0)
+    links = set()
+    if not op.args["training"]:
+        links = {Link(0, d, d) for d in range(rank) if d != 1}
+    return Flow(operands[0], frozenset(links))
+
+
+def group_norm(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
+    """Group and instance norm: all but the batch is taken together."""
+    return Flow(operands[0], frozenset({Link(0, 0, 0)}))
+
+
 RULES = {
     aten.softmax: along("dim"),
     aten._softmax: along("dim"),  # noqa: SLF001
@@ -176,6 +190,9 @@ RULES = {
     aten.gather: along("dim"),
     aten.layer_norm: norm,
     aten.rms_norm: norm,
+    aten.batch_norm: batch_norm,
+    aten.group_norm: group_norm,
+    aten.instance_norm: group_norm,
     aten.sum: reduction,
     aten.mean: reduction,
     aten.amax: reduction,
@@ -186,6 +203,11 @@ RULES = {
     aten.argmin: reduction,
     aten.var: reduction,
     aten.std: reduction,
+    aten.var_mean: reduction,
+    aten.std_mean: reduction,
+    aten.linalg_vector_norm: reduction,
+    aten.nansum: reduction,
+    aten.count_nonzero: reduction,
     aten.logsumexp: reduction,
     aten.prod: reduction,
     aten.any: reduction,

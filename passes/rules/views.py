@@ -27,6 +27,19 @@ def view(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
     return Flow(dims, frozenset(links), is_view=True)
 
 
+def view_as(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
+    """A view with the sizes of another tensor, of which only the sizes count."""
+    flow = view(op, factors, operands)
+    assert flow is not None, "a view to a shape has a flow"
+    links = set(flow.links)
+    passed = {factor for dim in operands[0] for factor in dim}
+    for d, dim in enumerate(operands[1]):
+        if passed.issuperset(flow.dims[d]):  # else the view itself is not local here
+            factors.unite(flow.dims[d], dim)
+        links.add(Link(1, d, d))
+    return replace(flow, links=frozenset(links))
+
+
 def expand(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
     """Repeat dims of size 1; others pass."""
     shape, sizes = shape_of(op.node), shape_of(op.slots[0])
@@ -40,6 +53,22 @@ def expand(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
     return Flow(tuple(dims), frozenset(links), sizes="size")
 
 
+def expand_as(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
+    """``expand`` to the sizes of another tensor, of which only the sizes count."""
+    flow = expand(op, factors, operands)
+    assert flow is not None, "an expand passes something"
+    shape = shape_of(op.node)
+    dims, links = list(flow.dims), set(flow.links)
+    passed = {link.result_dim for link in links}
+    for d, dim in enumerate(operands[1]):
+        if d in passed:
+            factors.unite(dims[d], dim)
+        elif sizes_equal(shape_of(op.slots[1])[d], shape[d]):
+            dims[d] = dim
+        links.add(Link(1, d, d))
+    return Flow(tuple(dims), frozenset(links))
+
+
 def _moved(operands: list[Dims], order: list[int]) -> Flow:
     """``order[i]`` is the operand dim that becomes result dim ``i``."""
     dims = operands[0]
@@ -51,6 +80,19 @@ def permute(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
     """Reorder dims."""
     rank = op.rank(0)
     return _moved(operands, [d % rank for d in op.args["dims"]])
+
+
+def movedim(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
+    """Move some dims to new places; the others keep their order."""
+    rank = op.rank(0)
+    source, target = op.args["source"], op.args["destination"]
+    if isinstance(source, int):
+        source, target = [source], [target]
+    taken = {t % rank: s % rank for s, t in zip(source, target, strict=True)}
+    rest = iter(d for d in range(rank) if d not in taken.values())
+    return _moved(
+        operands, [taken.get(i, -1) if i in taken else next(rest) for i in range(rank)]
+    )
 
 
 def transpose(op: Op, factors: Factors, operands: list[Dims]) -> Flow | None:
@@ -103,6 +145,10 @@ RULES = {
     aten._unsafe_view: view,  # noqa: SLF001
     aten._reshape_alias: view,  # noqa: SLF001
     aten.flatten: view,
+    aten.view_as: view_as,
+    aten.expand_as: expand_as,
+    aten.movedim: movedim,
+    aten.moveaxis: movedim,
     aten.unflatten: view,
     aten.expand: expand,
     aten.permute: permute,

@@ -13,7 +13,6 @@ from ringcompile.lowering.inductor import sources_hash
 from ringcompile.mesh import Ranks
 from ringcompile.ops import accumulation_dtype
 from ringcompile.passes.caches import CACHE_ADVICE, find_cache_outputs
-from ringcompile.passes.op import shape_of
 from ringcompile.passes.pipeline import PlannedAttention, Rewritten, run_passes
 from ringcompile.passes.places import find_place
 from ringcompile.passes.regions import Refusal, Region
@@ -94,6 +93,8 @@ class GraphReader:
 
 def _format_passes(made: Rewritten) -> dict[str, str]:
     """The texts of all passes; the last has shapes, which are known by now."""
+    if not made.texts:  # it runs whole
+        return {}
     *_, last = made.texts
     return made.texts | {last: format_graph(made.gm, name=last)}
 
@@ -103,6 +104,8 @@ def _format_passes(made: Rewritten) -> dict[str, str]:
 
 def _read_attentions(made: Rewritten, world_size: int) -> Iterator[AttentionReport]:
     """In the order of the graph."""
+    if not made.texts:  # it runs whole
+        return
     order = {line.split()[0].rstrip(":"): n for n, line in _lines(made.texts["shadow"])}
     found: list[tuple[Node, PlannedAttention | Refusal]] = [
         *((a.region.output, a) for a in made.attentions),
@@ -177,7 +180,7 @@ class _Row:
     @classmethod
     def of(cls, region: Region) -> "_Row":
         k, v = (o.node.meta["val"] for o in (region.k, region.v))
-        length = size_hint(k.shape[region.k.sequence_dim])
+        length = size_hint(region.k.shape[2])
         count = (bytes_of(k) + bytes_of(v)) // k.element_size() // length
         wide = accumulation_dtype(k.dtype).itemsize
         return cls(count * k.element_size(), count * wide)
@@ -188,7 +191,7 @@ def _read_schedules(made: Rewritten) -> Iterator[ScheduleReport]:
     groups: dict[tuple[Schedule, _Row, int], list[str]] = {}
     for attention in made.attentions:
         region = attention.region
-        length = size_hint(shape_of(region.k.node)[region.k.sequence_dim])
+        length = size_hint(region.k.shape[2])
         key = (attention.plan.schedule, _Row.of(region), length)
         name = find_place(region.output).module or region.output.name
         groups.setdefault(key, []).append(name)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.compiling import compile_ring
 from support.pattern_cases import CASES, PatternCase
+from support.score_kernels import expect_tile, run_tile
 from support.tolerances import assert_no_worse_than_one_rank
 from torch import Tensor, nn
 
@@ -115,3 +116,15 @@ def test_no_masked_tile_is_left_to_plain_operators() -> None:
         run(case, "inductor", "auto")
         with pytest.raises(Exception, match="plain operators"):
             run(case, "eager", "math")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_biases_have_the_same_gradients_in_each_run(dtype: torch.dtype) -> None:
+    first, second = (run_tile("cuda", dtype) for _ in range(2))
+    expected = expect_tile("cuda")
+    limit = {torch.float64: 1e-13, torch.float32: 5e-6}[dtype]
+    largest = max(x.abs().max() for x in expected)
+    for got, again, want in zip(first, second, expected, strict=True):
+        assert torch.equal(got, again)
+        size = max(want.abs().max(), largest / 3)
+        assert (got.double() - want).abs().max() <= limit * size

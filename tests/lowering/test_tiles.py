@@ -1,5 +1,7 @@
 """Tile kernels and merges against the dense float64 definition."""
 
+from typing import Any
+
 import pytest
 import torch
 from support import dense
@@ -63,9 +65,9 @@ def test_masked_attention_over_several_blocks(
     options = {"mask": format_mask(mask), "scale": SCALE}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(math, "_KV_ROWS", 96)
-        out, lse = ops.MASKED_ATTENTION(q, k, v, at, at, [padding], **options)
+        out, lse = ops.MASKED_ATTENTION(q, k, v, at, at, [padding], [], **options)
         grads = ops.MASKED_ATTENTION_BACKWARD(
-            *(grad, q, k, v, out.to(dtype), lse, at, at, [padding]), **options
+            *(grad, q, k, v, out.to(dtype), lse, at, at, [padding], []), **options
         )
     want = dense_gradients(
         (q, k, v), grad, dense.keeps(mask, [padding], (2, heads[0], S))
@@ -88,9 +90,9 @@ def test_positions_are_per_head_and_may_be_absent() -> None:
         (q_pos >= 0)[:, :, None] & (k_pos >= 0).repeat_interleave(2, 0)[:, None]
     )
     options = {"mask": format_mask(Mask(causal())), "scale": SCALE}
-    out, lse = ops.MASKED_ATTENTION(q, k, v, q_pos, k_pos, [], **options)
+    out, lse = ops.MASKED_ATTENTION(q, k, v, q_pos, k_pos, [], [], **options)
     grads = ops.MASKED_ATTENTION_BACKWARD(
-        *(grad, q, k, v, out, lse, q_pos, k_pos, []), **options
+        *(grad, q, k, v, out, lse, q_pos, k_pos, [], []), **options
     )
     want = dense_gradients((q, k, v), grad, kept.expand(2, -1, -1, -1))
     for got, expected in zip((out, *grads), want, strict=True):
@@ -101,9 +103,9 @@ def test_empty_blocks_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(math, "_KV_ROWS", 128)
     real, num_blocks = math._Tile.scores, 0
 
-    def count(tile: math._Tile, i: slice, j: slice, scale: float) -> Tensor | None:
+    def count(tile: math._Tile, *at: Any, **options: Any) -> math._Scores | None:  # noqa: ANN401
         nonlocal num_blocks
-        scores = real(tile, i, j, scale)
+        scores = real(tile, *at, **options)
         num_blocks += scores is not None
         return scores
 
@@ -111,7 +113,7 @@ def test_empty_blocks_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, _ = tensors(512, 512, (1, 1, 4, 4), torch.float32)
     at = torch.arange(512)[None]
     mask = format_mask(Mask(causal()))
-    ops.MASKED_ATTENTION(q, k, v, at, at, [], mask=mask, scale=SCALE)
+    ops.MASKED_ATTENTION(q, k, v, at, at, [], [], mask=mask, scale=SCALE)
     assert num_blocks == 4 + 3 + 2 + 1
 
 
@@ -123,8 +125,14 @@ def visited(
     side = 4 if max(sizes) > 8 else 2
     real, seen = math._Tile.scores, list[int]()
 
-    def note(tile: math._Tile, i: slice, j: slice, scale: float) -> Tensor | None:
-        scores = real(tile, i, j, scale)
+    def note(
+        tile: math._Tile,
+        i: slice,
+        j: slice,
+        *rest: Any,  # noqa: ANN401
+        **options: Any,  # noqa: ANN401
+    ) -> math._Scores | None:
+        scores = real(tile, i, j, *rest, **options)
         if scores is not None:
             seen.append(i.start // 4 * side + j.start // 4)
         return scores
@@ -134,7 +142,7 @@ def visited(
     monkeypatch.setattr(math, "_KV_ROWS", 4)
     q, k, v, grad = tensors(n, m, (2, 1, 4, 4), torch.float64)
     captures: list[Tensor] = []
-    at = (torch.arange(n)[None], torch.arange(m)[None], captures)
+    at = (torch.arange(n)[None], torch.arange(m)[None], captures, captures)
     options = {"mask": format_mask(mask), "scale": SCALE, "block_order": order}
     out, lse = ops.MASKED_ATTENTION(q, k, v, *at, **options)
     forward, seen[:] = [*seen], []
@@ -181,9 +189,9 @@ def test_the_order_of_blocks_changes_no_result(
     results = []
     for order in ("natural", "hilbert"):
         options = {"mask": format_mask(mask), "scale": SCALE, "block_order": order}
-        out, lse = ops.MASKED_ATTENTION(q, k, v, at, at, [padding], **options)
+        out, lse = ops.MASKED_ATTENTION(q, k, v, at, at, [padding], [], **options)
         grads = ops.MASKED_ATTENTION_BACKWARD(
-            *(grad, q, k, v, out.to(dtype), lse, at, at, [padding]), **options
+            *(grad, q, k, v, out.to(dtype), lse, at, at, [padding], []), **options
         )
         results.append((out, lse.exp(), *grads))
     want = dense_gradients(

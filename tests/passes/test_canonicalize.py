@@ -94,7 +94,6 @@ def draws(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     "fn",
     [
         seen_through_an_older_name,
-        writes_a_view,
         writes_an_input,
         keeps_the_dtype_of_the_target,
         draws,
@@ -156,3 +155,30 @@ def test_other_einsums_stay(equation: str) -> None:
 
 def test_an_einsum_that_broadcasts_stays() -> None:
     canonical(lambda q, k, v: torch.einsum("bhqd,bhkd->bhqk", q, k[:, :1]), edits=0)
+
+
+def first_row_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.matmul(q, k.mT)
+    scores[:, :, 0] = 0.5
+    scores[:, 1:, 1] *= 2
+    scores[..., 2:4] = k[..., :1]
+    return torch.matmul(scores.softmax(-1), v)
+
+
+def test_a_write_to_a_view_becomes_a_new_value() -> None:
+    assert canonical(writes_a_view, edits=1).gm.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.select_scatter.default
+    )
+    traced = canonical(first_row_written, edits=4)  # *= writes twice
+    assert not any(writes_memory(n) for n in traced.gm.graph.nodes)
+
+
+def test_a_write_that_an_older_view_sees_stays() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.matmul(q, k.mT)
+        row = scores[:, 0]
+        scores[:, :, 0] = 0.5
+        return torch.matmul(scores.softmax(-1), v) + row.sum()
+
+    traced = canonical(attend, edits=0)
+    assert any(writes_memory(n) for n in traced.gm.graph.nodes)

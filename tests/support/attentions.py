@@ -96,38 +96,58 @@ def record_values(traced: Traced) -> dict[Node, Any]:
 def assert_region_is_true(region: Region, values: dict[Node, Any]) -> None:
     """Require a region to say what the graph computes: its result and its mask."""
     q, k, v = (_read_rows(o, values) for o in (region.q, region.k, region.v))
-    length = k.shape[2]
-    kept = evaluate_mask(region, values, (*q.shape[:3], length))
-    repeats = q.shape[1] // k.shape[1]
+    batch, heads, length, _ = q.shape
+    repeats = heads // k.shape[1]
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    scores = region.scale * q @ k.transpose(-2, -1)
-    weights = scores.masked_fill(~kept, -torch.inf).softmax(-1)
+    scores = _change_scores(region.scale * q @ k.transpose(-2, -1), region, values)
+    kept = evaluate_mask(region, values, (batch, heads, length, k.shape[2]))
+    scores = scores.masked_fill(~kept, -torch.inf)
+    if region.sinks is not None:
+        sinks = values[region.sinks].double().view(1, -1, 1, 1)
+        scores = torch.cat([scores, sinks.expand(batch, -1, length, 1)], -1)
+    weights = scores.softmax(-1)[..., : k.shape[2]]
     empty = {
         EmptyRow.ZERO: 0.0,
-        EmptyRow.MEAN_ALL: 1 / length,
-        EmptyRow.MEAN_FILLED: 1 / length,
+        EmptyRow.MEAN_ALL: 1 / k.shape[2],
+        EmptyRow.MEAN_FILLED: 1 / k.shape[2],
         EmptyRow.NAN: torch.nan,
     }[region.mask.empty_row]
-    weights = weights.masked_fill(~kept.any(-1, keepdim=True), empty)
+    has_key = kept.any(-1, keepdim=True)
+    want = weights.masked_fill(~has_key, empty) @ v
+    want = want.mT if region.transposed else want
     got = values[region.output].double()
     rounding = torch.finfo(values[region.output].dtype).eps
     torch.testing.assert_close(
-        got, weights @ v, rtol=32 * rounding, atol=32 * rounding, equal_nan=True
+        *(got, want.reshape(got.shape)),
+        rtol=32 * rounding,
+        atol=32 * rounding,
+        equal_nan=True,
     )
-    want = read_kept(region, values)
-    has_key = kept.any(-1, keepdim=True)
-    assert torch.equal(want & has_key, kept), f"not the graph's mask: {region.mask}"
+    if not region.biases and got.shape == want.shape and not region.transposed:
+        graphs_own = read_kept(region, values)
+        assert torch.equal(graphs_own & has_key, kept), f"not its mask: {region.mask}"
+
+
+def _change_scores(scores: Tensor, region: Region, values: dict[Node, Any]) -> Tensor:
+    if region.softcap is not None:
+        scores = region.softcap * torch.tanh(scores / region.softcap)
+    for bias in region.biases:
+        view = [int(size) for size in bias.view]
+        scores = scores + bias.factor * values[bias.node].double().reshape(view)
+    return scores
 
 
 def _read_rows(operand: Operand, values: dict[Node, Any]) -> Tensor:
     rows: Tensor = values[operand.node].double()
+    if operand.view:
+        rows = rows.reshape([int(size) for size in operand.view])
     return rows.transpose(2, 3) if operand.transposed else rows
 
 
 def evaluate_mask(
     region: Region, values: dict[Node, Any], shape: tuple[int, ...]
 ) -> Tensor:
-    """The mask that was read, on the real captures, bool ``(B, H, queries, keys)``."""
+    """The mask that was read, on the real captures, as a bool of ``shape``."""
     at = [
         torch.arange(size).view([-1 if d == dim else 1 for d in range(4)])
         for dim, size in enumerate(shape)
@@ -140,7 +160,7 @@ def read_kept(region: Region, values: dict[Node, Any]) -> Tensor:
     """The pairs that the graph itself keeps, from its own mask or weights."""
     op = read_op(region.output)
     assert op is not None
-    keys = values[region.k.node].shape[region.k.sequence_dim]
+    keys = int(region.k.shape[2])
     shape = (*values[region.output].shape[:3], keys)
     if "attn_mask" not in op.args:
         weights: Tensor = values[op.slots[0]]

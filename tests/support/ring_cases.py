@@ -1,6 +1,6 @@
 """One attention run through the ring op on some ranks, and what it should give."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
@@ -255,18 +255,29 @@ def run_inference(group: ProcessGroup, rank: int, case: Case) -> Tensor:
     return out
 
 
-def compile_ring(plan: str, case: Case) -> Callable[..., Tensor]:
-    """The ring op as a function of q, k, v and captures."""
+def compile_ring(
+    plan: str, case: Case, *, dynamic: bool | None = None
+) -> Callable[..., Tensor]:
+    """The ring op as a function of q, k, v, captures, and of biases and sinks if any."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, captures: list[Tensor]) -> Tensor:
-        out: Tensor = ops.RING_ATTENTION(q, k, v, captures, [], plan=plan)
+    def attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        captures: list[Tensor],
+        biases: Sequence[Tensor] = (),
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        out: Tensor = ops.RING_ATTENTION(
+            *(q, k, v, captures, list(biases), sinks), plan=plan
+        )
         return out
 
     if case.compile == "eager":
         return attend
     torch.compiler.reset()  # Dynamo counts what it compiled by code object
     backend = "aot_eager" if case.compile == "aot_eager" else _inductor
-    return torch.compile(attend, backend=backend, fullgraph=True)
+    return torch.compile(attend, backend=backend, fullgraph=True, dynamic=dynamic)
 
 
 def _inductor(gm: GraphModule, example_inputs: list[Tensor]) -> Callable[..., object]:

@@ -201,11 +201,11 @@ def assert_step_no_worse_than_one_rank(
 def run_reference(row: SpineModel, attention: str, inputs: Inputs) -> Outcome:
     """The same step in eager float64."""
     model = build_model(row, attention, torch.float64)
-    with _Float64():
+    with Float64():
         return run_step(model, model, inputs)
 
 
-class _Float64(TorchFunctionMode):
+class Float64(TorchFunctionMode):
     """Gives float64 wherever a model asks for float32.
 
     transformers computes norms, softmax and loss in float32 "to be exact", which cuts
@@ -227,4 +227,14 @@ class _Float64(TorchFunctionMode):
             kwargs["dtype"] = torch.float64
         if func is Tensor.to:
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        if getattr(func, "__name__", "") == "_grouped_mm":  # of F.grouped_mm
+            return _multiply_groups(args[0], args[1], kwargs["offs"])
         return func(*args, **kwargs)
+
+
+def _multiply_groups(rows: Tensor, weights: Tensor, ends_of_groups: Tensor) -> Tensor:
+    """``grouped_mm``, which has no float64: each group of rows by its own matrix."""
+    ends = ends_of_groups.tolist()
+    starts = [0, *ends[:-1]]
+    groups = zip(starts, ends, weights, strict=True)
+    return torch.cat([rows[start:end] @ weight for start, end, weight in groups])
