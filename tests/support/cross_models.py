@@ -186,6 +186,18 @@ class Plain(nn.Module):
         return out
 
 
+class Biased(nn.Module):
+    """A learned bias is added to each score of 10 queries and 17 keys."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.read, self.bias = Attention(spelling), nn.Parameter(torch.randn(H, 10, 17))
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        out: Tensor = self.read(x, memory, self.bias)
+        return out
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What one step gives.
@@ -209,6 +221,7 @@ def make_model(name: str, spelling: str) -> nn.Module:
         "pixels": lambda: Pixels(spelling),
         "cached": lambda: Cached(spelling),
         "plain": lambda: Plain(spelling),
+        "biased": lambda: Biased(spelling),
     }
     return kinds[name]()
 
@@ -228,7 +241,7 @@ def make_inputs(name: str, lengths: tuple[int, int]) -> tuple[Tensor, ...]:
         size = (2, 3, 4, keys) if name == "pixels" else (2, H, keys, E // H)
         return x.double(), torch.randn(size, generator=random).double()
     x, memory = (torch.randn(2, n, E, generator=random).double() for n in lengths)
-    if name == "plain":
+    if name in {"plain", "biased"}:
         return x, memory
     return (memory, padding) if name == "latents" else (x, memory, padding)
 
