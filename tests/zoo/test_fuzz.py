@@ -28,13 +28,16 @@ GLOO_SEEDS = {2: range(30), 3: range(30, 40), 4: range(40, 50)}
 
 @pytest.mark.parametrize("first", range(0, NUM_SIMULATED, CHUNK))
 def test_random_models_are_right_or_refused(first: int) -> None:
+    num_rings = 0
     for seed in range(first, first + CHUNK):
         program = write_program(seed, is_small=True)
         found = check_program(program)
+        num_rings += found.verdict is Verdict.RING
         if found.verdict.is_find:
             small = shrink(program, found.verdict)
             text = check_program(small).text
             pytest.fail(f"seed {seed}: {found.verdict.value}\n{small}\n{text}")
+    assert num_rings > CHUNK // 2
 
 
 @pytest.mark.slow
@@ -78,13 +81,6 @@ def test_random_models_on_gloo(ranks: RankPool, size: int) -> None:
     verdicts = ranks.run(run_on_ranks, seeds, world_size=size)
     assert all(v == verdicts[0] for v in verdicts)
     assert verdicts[0].count("ring") > len(seeds) // 2
-
-
-def test_most_random_models_become_rings() -> None:
-    programs = [write_program(seed, is_small=True) for seed in range(60)]
-    verdicts = [check_program(p).verdict for p in programs]
-    assert verdicts.count(Verdict.RING) > 30
-    assert verdicts.count(Verdict.REFUSED) < 10
 
 
 class _Twice(_Sum):
