@@ -49,7 +49,7 @@ def by_pair(number: float) -> Tensor:
 
 
 MASKS = {"keys": left_padding, "pairs": by_pair}
-NUMBERS = {"min": LOWEST, "-1e9": -1e9, "-1e4": -1e4}
+NUMBERS = {"min": LOWEST, "-1e9": -1e9}
 
 
 def attend_on_rank(
@@ -87,7 +87,7 @@ def attend_on_rank(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_rows_that_a_float_mask_hides(ranks: RankPool, size: int) -> None:
     """Scores of finfo.min are all alike: such a row gives the mean, as in eager."""
     cases = [(a, m, n) for a in ATTENDS for m in MASKS for n in NUMBERS]
