@@ -85,6 +85,7 @@ class Rewritten:
         gathered: every value that is made whole, outputs included.
         notes: warnings of what the options say without effect.
         texts: the graph after each named pass.
+        graph_text: every call of the graph before it is this rank's.
         draws: whether some op draws random numbers, so that ranks must agree on them.
     """
 
@@ -94,12 +95,13 @@ class Rewritten:
     gathered: tuple[Gathered, ...] = ()
     notes: tuple[str, ...] = ()
     texts: dict[str, str] = field(default_factory=dict)
+    graph_text: str = ""
     draws: bool = False
 
     @property
     def plan_hash(self) -> str:
         """Equal on all ranks iff they are about to run the same schedules."""
-        text = "\n".join(
+        text = self.graph_text + "\n".join(
             f"{a.plan.index} {a.plan.scale!r} {a.plan.group_name} {a.plan.sources}"
             f" {a.plan.schedule!r} {a.plan.block_order} {a.plan.kernel}"
             f" {a.plan.dropout!r} {a.plan.softcap!r} {a.plan.biases!r}"
@@ -185,6 +187,10 @@ def _find_regions(made: Rewritten) -> tuple[Region, ...]:
     with observe_pass(made.gm, "find_attention"):
         found = find_attention(made.gm)
     made.refusals = tuple(f for f in found if isinstance(f, Refusal))
+    made.graph_text = "\n".join(
+        f"{node.name} {node.target} {node.args} {node.kwargs}"
+        for node in made.gm.graph.nodes
+    )
     return tuple(f for f in found if isinstance(f, Region))
 
 

@@ -91,6 +91,12 @@ class Score:
         rounded = {replace(d, number=round_to(d.number, dtype)) for d in self.drops}
         return replace(self, drops=frozenset(rounded))
 
+    def at_least(self, number: float) -> "Score":
+        """Every score, but none below ``number``, which is as low as a dropped one."""
+        check_drops(number, self.dtype)
+        raised = {replace(d, number=max(d.number, number)) for d in self.drops}
+        return replace(self, drops=frozenset(raised))
+
     def take_tanh(self) -> "Score":
         """The tanh of every score."""
         if not self.is_plain:

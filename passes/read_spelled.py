@@ -355,6 +355,8 @@ def _only_number(value: Value, what: str) -> float:
 def _add(step: Step, score: Score) -> Score:
     op = step.op
     others = [n for n in op.slots if n is not step.below]
+    if not holds_tensor(op.args["other"]) and read_scalar(op.args["other"]) == 0:
+        return score
     alpha = float(read_scalar(op.args.get("alpha", 1)))
     if len(others) != 1 or (alpha != 1 and op.args["other"] is step.below):
         raise Unreadable(f"{op.node.name} adds scores, or a multiple")
@@ -390,6 +392,16 @@ def _masked_fill(step: Step, score: Score) -> Score:
     return score.fill(step.truth("mask"), number, step.dtype)
 
 
+def _raise(step: Step, score: Score) -> Score:
+    others = [n for n in step.op.slots if n is not step.below]
+    if step.op.overload not in _GREATER or len(others) != 1:
+        raise Unreadable(f"{step.op.node.name} takes the greatest of scores")
+    return score.at_least(read_fill(step.reader, others[0]))
+
+
+_GREATER = (aten.max.other, aten.maximum.default)
+
+
 def _tanh(_step: Step, score: Score) -> Score:
     return score.take_tanh()
 
@@ -405,6 +417,8 @@ _STEPS: dict[OpOverloadPacket, Callable[[Step, Score], Score]] = {
     aten.sub: _subtract,
     aten.where: _where,
     aten.masked_fill: _masked_fill,
+    aten.max: _raise,
+    aten.maximum: _raise,
     aten.tanh: _tanh,
     aten.cat: _sink,
 }

@@ -27,6 +27,7 @@ from ringcompile.ir.mask import (
     equals_zero,
     negate,
 )
+from ringcompile.ir.sums import split_terms
 from ringcompile.passes.symbolic import (
     Case,
     Content,
@@ -96,6 +97,7 @@ ARITHMETIC: dict[OpOverloadPacket, Callable[..., Expr]] = {
     aten.rsub: _subtract_from,
     aten.mul: _multiply,
     aten.neg: operator.neg,
+    aten.abs: sympy.Abs,
     aten.floor_divide: _floor_divide,
     aten.remainder: _remainder,
     aten.div: _divide,
@@ -145,7 +147,22 @@ def _apply(call: Call, tensors: list[Value], numbers: list[Number]) -> Number | 
     }
     keywords = {k: v for k, v in arguments.items() if k in ("alpha", "rounding_mode")}
     operands = [_integral(v) for k, v in arguments.items() if k not in keywords]
-    return fn(*operands, **keywords)
+    result = fn(*operands, **keywords)
+    if packet in ARITHMETIC:
+        _check_fits(result, call.dtype)
+    return result
+
+
+# Positions are taken to be below 2^23.
+_LARGEST_FACTOR = {torch.int32: 1 << 7, torch.int64: 1 << 39}
+
+
+def _check_fits(e: Expr, dtype: torch.dtype) -> None:
+    """Integers that wrap around are no longer what their expression says."""
+    terms, constant = split_terms(sympy.expand(e))
+    limit = _LARGEST_FACTOR[dtype]
+    if any(abs(c) > limit for c in terms.values()) or abs(constant) > limit << 23:
+        raise Unreadable(f"{e} may be too large for {dtype}")
 
 
 def _has_symbols(call: Call) -> bool:

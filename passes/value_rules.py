@@ -11,7 +11,8 @@ import torch
 from sympy import Expr
 from torch._ops import OpOverloadPacket
 
-from ringcompile.ir.mask import at_least_zero
+from ringcompile.ir.mask import at_least_zero, conjunction
+from ringcompile.passes.op import read_op
 from ringcompile.passes.symbolic import (
     Content,
     Unreadable,
@@ -21,6 +22,7 @@ from ringcompile.passes.symbolic import (
     index_symbol,
     only_expr,
     read_cases,
+    read_truth,
     substitute,
 )
 from ringcompile.passes.value_elementwise import ELEMENTWISE
@@ -49,8 +51,19 @@ def _view(call: Call) -> Content:
 
 
 def _cast(call: Call) -> Content:
+    if call.dtype is torch.bool and (product := _read_product(call)) is not None:
+        return product
     x = call.tensor("self")
     return cast_content(x.content, x.dtype, call.dtype)
+
+
+def _read_product(call: Call) -> Content | None:
+    """Where a product of two masks is not 0, if that is what is cast to bool."""
+    op = read_op(call.op.slots[0])
+    if op is None or op.packet is not aten.mul or len(op.slots) != 2:  # noqa: PLR2004
+        return None
+    ndim = len(call.shape)
+    return conjunction(*(read_truth(call.read(x).broadcast(ndim)) for x in op.slots))
 
 
 # ---- making tensors ------------------------------------------------------------------
