@@ -1,0 +1,104 @@
+"""CPU seconds that compiling takes: ``backend="ring"`` against ``backend="inductor"``.
+
+    python benchmarks/compile_time.py
+
+A Llama of 4, 8 and 16 layers, forward and backward, as rank 0 of 4 on torch's fake
+process group, so that one process is measured and no peer. Each number is of a process
+of its own with empty caches and one compile thread: its CPU time from the call of the
+compiled model to the end of backward, the compilers it starts included; the smallest of
+``--rounds``. Wall time would be that of a machine with others on it.
+"""
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+WORLD_SIZE = 4
+BACKENDS = ("inductor", "ring")
+
+
+def measure(backend: str, num_layers: int) -> float:
+    """Compile in this process; return CPU seconds."""
+    import torch  # noqa: PLC0415 - the parent process needs none of it
+    import torch.distributed as dist  # noqa: PLC0415
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: PLC0415
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+
+    torch.set_num_threads(1)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD_SIZE)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=num_layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config)
+    ids = torch.randint(256, (2, 256))
+    _warm_up(torch, backend)
+    options: dict[str, Any] = {"verify": "plan"} if backend == "ring" else {}
+    compiled = torch.compile(model, backend=backend, options=options or None)
+    start = _cpu_seconds()
+    compiled(input_ids=ids, labels=ids).loss.backward()
+    return _cpu_seconds() - start
+
+
+def _warm_up(torch: Any, backend: str) -> None:  # noqa: ANN401
+    """Imports and the first call of the C++ compiler are not what is measured."""
+    layer = torch.nn.Linear(8, 8)
+    torch.compile(layer, backend=backend)(torch.ones(8, 8)).sum().backward()
+
+
+def _cpu_seconds() -> float:
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, kinds))
+
+
+def measure_apart(backend: str, num_layers: int) -> float:
+    """Measure in a fresh process with empty caches."""
+    with tempfile.TemporaryDirectory() as cache:
+        env = os.environ | {
+            "TORCHINDUCTOR_CACHE_DIR": cache,
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, __file__, "--one", backend, str(num_layers)]
+        done = subprocess.run(
+            command, env=env, check=True, capture_output=True, text=True
+        )
+    return float(done.stdout.split()[-1])
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description="CPU seconds of compiling")
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--one", nargs=2, metavar=("BACKEND", "LAYERS"))
+    chosen = parser.parse_args()
+    if chosen.one:
+        backend, num_layers = chosen.one
+        print(measure(backend, int(num_layers)))
+        return
+    print("| layers | inductor, CPU s | ring, CPU s | ratio |")
+    print("|---|---|---|---|", flush=True)
+    for num_layers in chosen.layers:
+        inductor, ring = (
+            min(measure_apart(backend, num_layers) for _ in range(chosen.rounds))
+            for backend in BACKENDS
+        )
+        print(
+            f"| {num_layers} | {inductor:.1f} | {ring:.1f} | {ring / inductor:.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
