@@ -126,6 +126,27 @@ def _lift(w: Writer, mask: Var) -> Var:
     return w.call("view", mask, 1, 1, w.length, w.length)
 
 
+def make_bias(w: Writer, num_heads: int) -> Var:
+    """Added to scores, ``(1 or H, S, S)`` or with a batch of 1: by distance, or dense."""
+    kind = w.rng.randrange(4)
+    if kind == 0:
+        shape = w.pick((num_heads, w.length, w.length), (1, 1, w.length, w.length))
+        return w.parameter(*shape, scale=1.0)
+    at = w.positions()
+    distance = w.call("__sub__", w.call("unsqueeze", at, 0), w.call("unsqueeze", at, 1))
+    if kind == 1:  # ALiBi
+        slopes = w.argument(w.randn(num_heads, 1, 1).abs() / 4)
+        return w.call("__mul__", w.call("to", distance, FLOAT), slopes)
+    if kind == 2:  # as T5 has it
+        bucket = w.call("__add__", w.call("clamp", distance, -3, 3), 3)
+        rows = w.call(F.embedding, bucket, w.parameter(7, num_heads, scale=1.0))
+        return w.call("unsqueeze", w.call("permute", rows, 2, 0, 1), 0)
+    table = w.parameter(2 * w.length - 1, num_heads, scale=1.0)  # as Swin has it
+    index = w.call("view", w.call("__add__", distance, w.length - 1), -1)
+    rows = w.call("view", w.item(table, index), w.length, w.length, num_heads)
+    return w.call("contiguous", w.call("permute", rows, 2, 0, 1))
+
+
 # ---- heads ---------------------------------------------------------------------------
 
 
@@ -271,6 +292,8 @@ def repeat_heads(w: Writer, x: Var, times: int) -> Var:
 
 def attend(w: Writer, stream: Stream) -> Stream:
     """One attention over the tokens, its result of the stream's width or of heads'."""
+    if w.chance(0.08):
+        return _attend_memory(w, stream)
     heads = _choose_heads(w)
     shared = w.shared_kv
     if shared and w.chance(0.25):
@@ -297,6 +320,28 @@ def attend(w: Writer, stream: Stream) -> Stream:
     return Stream(w.linear(merged.x, w.width), merged.order)
 
 
+def _attend_memory(w: Writer, stream: Stream) -> Stream:
+    """Attention over another sequence, mostly of another length, some of it padding."""
+    length = w.pick(w.length, w.length + 1, 2 * w.length, 3)
+    sizes = (w.batch, length, w.width)
+    memory = w.once("memory", lambda: w.argument(w.randn(*sizes), needs_grad=True))
+    length, heads = memory.shape[1], _choose_heads(w)
+    x = w.call(F.layer_norm, memory, (w.width,)) if w.chance(0.5) else memory
+    q = w.linear(stream.x, heads.num * heads.size)
+    k, v = (w.linear(x, heads.num_kv * heads.size) for _ in range(2))
+    q = split_heads(w, Stream(q, stream.order), heads.num)
+    k, v = (split_heads(w, Stream(y), heads.num_kv) for y in (k, v))
+    k, v = (repeat_heads(w, y, heads.num // heads.num_kv) for y in (k, v))
+    mask = None
+    if w.chance(0.4):
+        real = w.randint(3, w.batch, 1, 1, length) > 0
+        real[..., 0] = True
+        mask = w.argument(real)
+    out = w.call(F.scaled_dot_product_attention, q, k, v, attn_mask=mask)
+    merged = merge_heads(w, out)
+    return Stream(w.linear(merged.x, w.width), merged.order)
+
+
 def _call_sdpa(w: Writer, q: Var, kv: tuple[Var, Var], times: int) -> Var:
     options: dict[str, object] = {}
     if w.chance(0.2):
@@ -315,6 +360,8 @@ def _call_sdpa(w: Writer, q: Var, kv: tuple[Var, Var], times: int) -> Var:
             zeros = w.call(torch.zeros, *mask.shape, dtype=FLOAT)
             dropped = w.call(torch.logical_not, mask)
             mask = w.call("masked_fill", zeros, dropped, fill)
+        if mask is None and w.chance(0.2):
+            mask = make_bias(w, q.shape[1])
         options["attn_mask"] = mask
     return w.call(F.scaled_dot_product_attention, q, k, v, **options)
 
@@ -336,6 +383,12 @@ def _spell_out(w: Writer, q: Var, kv: tuple[Var, Var], times: int) -> Var:
         scores = w.call("__mul__", scores, size**-0.5)
     elif where_scaled == 3:
         scores = w.call("__truediv__", scores, w.pick(2.0, size**0.5))
+    if w.chance(0.1):
+        scores = w.call(
+            "__mul__", w.call("tanh", w.call("__truediv__", scores, 3.0)), 3.0
+        )
+    if w.chance(0.2):
+        scores = w.call("__add__", scores, make_bias(w, q.shape[1]))
     mask = make_mask(w)
     if mask is not None:
         scores = _apply_mask(w, scores, mask)
