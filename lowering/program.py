@@ -173,11 +173,12 @@ def build_program(
     """Read a plan for shards as long as ``q`` and ``k``, ``(B, H, T, D)``."""
     plan = read_plan(plan_text)
     schedule = plan.schedule
-    chunks = (
-        _chunk_size(plan, side, x.shape[2])
-        for side, x in ((schedule.q_side, q), (schedule.kv_side, k))
+    frame = Frame(
+        plan,
+        chunk=_chunk_size(plan, schedule.q_side, q.shape[2]),
+        kv_chunk=_chunk_size(plan, schedule.kv_side, k.shape[2]),
+        device=q.device,
     )
-    frame = Frame(plan, *chunks, q.device)
     parts, number = [], 0
     for part in plan.schedule.parts:
         queries = _find_queries(part, frame)

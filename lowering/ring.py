@@ -106,7 +106,7 @@ class _Ring(torch.autograd.Function):
                 own_outs.append(out.to(q.dtype))
             return part.queries.place((out, lse))[1]
 
-        level = find_level(plan, tensors)
+        level = find_level(plan, tensors, captures, q.shape[2])
         biases = read_biases(plan, tensors, level)
         parts = build_program(plan_text, q, k, captures, biases)
         out, lse = reduce(_merge, map(attend, parts))
@@ -142,7 +142,7 @@ class _Ring(torch.autograd.Function):
         hops = _hops_of(ctx.plan_text, after=[grad_out])
         lse = torch.where(lse == -torch.inf, torch.inf, lse)
         shard = _Shard(grad_out.contiguous(), q, k, v, lse)
-        level = find_level(plan, tensors)
+        level = find_level(plan, tensors, captures, q.shape[2])
         biases = read_biases(plan, tensors, level, learned)
         parts = build_program(ctx.plan_text, q, k, captures, biases)
         of_blocks = None if ctx.num_blocks is None else BlockSums(ctx.num_blocks)

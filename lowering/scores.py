@@ -6,14 +6,17 @@ another for it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from ringcompile import ops
 from ringcompile.ir.attention import Bias, RankPlan
+from ringcompile.ir.evaluate import evaluate
 from ringcompile.lowering.merge import merge
-from ringcompile.lowering.rows import RowSet, Values
+from ringcompile.lowering.orders import find_positions
+from ringcompile.lowering.rows import RowSet, Size, Values
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +55,20 @@ class PartBias:
         return replace(self, tensor=x, is_spread=is_spread)
 
 
-def find_level(plan: RankPlan, biases: Sequence[Tensor]) -> Tensor | None:
-    """What is taken off all scores of a query: the largest bias of its row.
+def find_level(
+    plan: RankPlan, biases: Sequence[Tensor], captures: Sequence[Tensor], rows: Size
+) -> Tensor | None:
+    """What is taken off all scores of a query: the largest bias of keys that it sees.
 
     A softmax does not change by it. Without it a query all of whose keys are hidden by
     a bias of ``finfo.min`` has an lse of ``finfo.min`` too, in which their number is
     lost; it still is where only biases without rows of queries hide them.
+
+    Args:
+        plan: says how biases are added, and which keys are seen.
+        biases: the biases.
+        captures: what masks read.
+        rows: of queries on this rank, T.
 
     Returns:
         ``(B or 1, H or 1, T, 1)``; None if no bias has rows of queries.
@@ -65,11 +76,30 @@ def find_level(plan: RankPlan, biases: Sequence[Tensor]) -> Tensor | None:
     cut = [x for x, bias in zip(biases, plan.biases, strict=True) if bias.is_cut]
     if not cut:
         return None
-    tops = [x.detach().amax(3, keepdim=True) for x in cut]
-    level = tops[0].to(ops.accumulation_dtype(tops[0].dtype))
-    for top in tops[1:]:
-        level = level + top
+    dtype = ops.accumulation_dtype(cut[0].dtype)
+    total = reduce(torch.add, (x.detach().to(dtype) for x in cut))
+    if total.shape[3] > 1:
+        seen = _find_seen(plan, total, captures, rows)
+        total = torch.where(seen, total, -torch.inf)
+    level = total.amax(3, keepdim=True)
     return torch.where(level.isfinite(), level, 0.0)
+
+
+def _find_seen(
+    plan: RankPlan, biases: Tensor, captures: Sequence[Tensor], rows: Size
+) -> Tensor:
+    """Which keys some part shows to a query; broadcasts to ``(B, H, T, S)``."""
+    schedule, device = plan.schedule, biases.device
+    side = schedule.q_side
+    chunk = rows // side.layout.chunks_per_rank
+    q_pos = find_positions(
+        *(side.layout, plan.rank, chunk), length=side.length, device=device
+    )
+    b, h = (torch.arange(size, device=device) for size in biases.shape[:2])
+    k_pos = torch.arange(biases.shape[3], device=device)
+    at = (b.view(-1, 1, 1, 1), h.view(-1, 1, 1), q_pos.view(-1, 1), k_pos)
+    seen = [evaluate(part.mask.keeps, at, captures) for part in schedule.parts]
+    return reduce(torch.logical_or, seen)
 
 
 def read_biases(

@@ -74,8 +74,11 @@ class Factors:
     def view(self, dims: Dims, shape: Sequence[Size]) -> Dims:
         """Dims after a view: factors are laid end to end and cut anew.
 
-        A factor that the new shape cuts in two is replaced by new factors.
+        A factor that the new shape cuts in two is replaced by new factors. Of an empty
+        value nothing can be told.
         """
+        if any(size_hint(size) == 0 for size in shape):
+            return self.new_dims(shape)
         rest = [factor for dim in dims for factor in dim]
         out: list[Dim] = []
         for place, size in enumerate(shape):

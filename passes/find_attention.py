@@ -23,12 +23,12 @@ from ringcompile.passes.find_softmax import find_spelled
 from ringcompile.passes.op import Op, read_op, shape_of
 from ringcompile.passes.operands import Rows, find_heads, find_operands
 from ringcompile.passes.parts import Parts, Refused, check_dropout, check_lengths
-from ringcompile.passes.read_added import add_tensor, find_bias
+from ringcompile.passes.read_added import add_tensor, find_bias, is_given
 from ringcompile.passes.read_mask import MaskReader
 from ringcompile.passes.read_score import Score
 from ringcompile.passes.read_spelled import read_spelled
 from ringcompile.passes.read_values import Reader
-from ringcompile.passes.regions import Refusal, Region
+from ringcompile.passes.regions import BiasOperand, Refusal, Region
 from ringcompile.passes.sequences import mark_cross
 from ringcompile.passes.shadow import where
 from ringcompile.passes.symbolic import Unreadable, read_truth
@@ -95,15 +95,10 @@ def _build_region(masks: MaskReader, parts: Parts) -> Region:
             "all values, of which some would be dropped",
             instead="a bool mask, or one that keeps a key for each query",
         )
-    if empty_row is EmptyRow.MEAN_ALL and (score.biases or score.cap is not None):
-        raise Refused(
-            "attention with a bias or softcap under an added mask of finfo.min",
-            because="a query may have no key, and its gradient would then pass through"
-            " scores that no tile computes",
-            instead="masked_fill, a bool mask, or one that keeps a key for each query",
-        )
-    is_capped = score.cap is not None
     grid = Grid(parts.shape[0], parts.shape[1], ())
+    biases = tuple(find_bias(term, parts.shape, grid) for term in score.biases)
+    _check_biases(biases, score)
+    is_capped = score.cap is not None
     seeds = 1 if parts.dropout else 0
     return Region(
         output=parts.output,
@@ -117,9 +112,20 @@ def _build_region(masks: MaskReader, parts: Parts) -> Region:
         dropout=parts.dropout,
         transposed=parts.transposed,
         softcap=score.cap if is_capped else None,
-        biases=tuple(find_bias(term, parts.shape, grid) for term in score.biases),
+        biases=biases,
         sinks=score.sinks,
     )
+
+
+def _check_biases(biases: Sequence[BiasOperand], score: Score) -> None:
+    """Where all keys that a query sees have a bias of finfo.min, dropped ones count."""
+    given = [bias.node.name for bias in biases if is_given(bias.node)]
+    if given and any(drop.number != -math.inf for drop in score.drops):
+        raise Refused(
+            f"attention with the float mask {given[0]} and keys dropped by finfo.min",
+            because="a query whose keys the mask hides would then see the dropped ones",
+            instead="a bool mask, or -inf for the keys that are dropped",
+        )
 
 
 _MEANS = (EmptyRow.MEAN_ALL, EmptyRow.MEAN_FILLED)

@@ -65,7 +65,12 @@ def find_base(node: Node) -> Node:
 def _may_alias(node: Node) -> bool:
     target = node.target
     if target is operator.getitem:
-        return True
+        source = node.args[0]
+        assert isinstance(source, Node), "an item of a result of several"
+        if source.op != "call_function" or not isinstance(source.target, OpOverload):
+            return True
+        # The parts of a split share memory, the results of topk do not.
+        return _may_alias(source)
     if node.op != "call_function" or not isinstance(target, OpOverload):
         return False
     if target.overloadpacket in _CASTS and not _keeps_dtype(node):

@@ -20,7 +20,7 @@ from ringcompile.ir.attention import Bias, Dropout, RankPlan
 from ringcompile.ir.layout import Layout, Side
 from ringcompile.ir.mask import FALSE, later_keys
 from ringcompile.ir.reshard import ReshardSpec, format_spec
-from ringcompile.ir.schedule import PartSpec, Schedule
+from ringcompile.ir.schedule import MixedParts, PartSpec, Schedule
 from ringcompile.ir.text import format_plan
 from ringcompile.mesh import Ranks
 from ringcompile.passes.autocast import spell_autocast
@@ -260,9 +260,8 @@ def _read_sharding(
     gathers = options.outputs == "gathered"
     if options.grads == "summed":
         return Sharding(axes, gathers)
-    factors = (1.0, 1.0 / ranks.size)
-    if options.local_scale == "mean":
-        factors = (float(ranks.size), 1.0)
+    by_shards = float(ranks.size) if options.local_scale == "mean" else 1.0
+    factors = (by_shards, options.replicated_factor(ranks.size))
     return Sharding(axes, gathers, param_factors=factors, sums_grads=False)
 
 
@@ -281,7 +280,16 @@ class _Attention:
         heads, kv_heads = (int(o.shape[1]) for o in (region.q, region.k))
         is_causal = later_keys(region.mask.keeps) == FALSE
         spec = AttentionSpec(heads, kv_heads, length, is_causal)
-        return pattern.build_parts(region.mask, spec)
+        parts = pattern.build_parts(region.mask, spec)
+        is_mixed = isinstance(parts, MixedParts) and parts.mixing.is_detached
+        if is_mixed and region.sinks is not None:
+            raise OptionError(
+                f"{pattern} on an attention with sinks",
+                at=region.where,
+                because="a sink has no share in weights that count as constants",
+                instead='weights="joint"',
+            )
+        return parts
 
 
 class _Planner:

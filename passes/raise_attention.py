@@ -36,7 +36,7 @@ def _replace(graph: Graph, index: int, region: Region) -> Node:
             _write_operand(graph, o, dtype) for o in (region.q, region.k, region.v)
         )
         seeds = [_write_seed(graph, q)] if region.dropout else []
-        biases = [_write_bias(graph, bias) for bias in region.biases]
+        biases = [_write_bias(graph, bias, q) for bias in region.biases]
         args = (q, k, v, [*region.captures, *seeds], biases)
         if region.sinks is not None:
             args = (*args, _view(graph, region.sinks, (region.q.shape[1],)))
@@ -74,13 +74,18 @@ def _write_operand(graph: Graph, operand: Operand, dtype: torch.dtype) -> Node:
     return _transpose(graph, node) if operand.transposed else node
 
 
-def _write_bias(graph: Graph, bias: BiasOperand) -> Node:
+def _write_bias(graph: Graph, bias: BiasOperand, q: Node) -> Node:
     node = _view(graph, bias.node, bias.view)
-    if bias.factor == 1:
+    if bias.factor != 1:
+        scaled = graph.call_function(aten.mul.Tensor, (node, bias.factor))
+        _set_value(scaled, node, bias.view)
+        node = scaled
+    if all(map(sizes_equal, bias.view, bias.shape)):
         return node
-    scaled = graph.call_function(aten.mul.Tensor, (node, bias.factor))
-    _set_value(scaled, node, bias.view)
-    return scaled
+    rows = _write_size(graph, q, bias.shape[2])
+    repeated = graph.call_function(aten.expand.default, (node, [-1, -1, rows, -1]))
+    _set_value(repeated, node, bias.shape)
+    return repeated
 
 
 def _view(graph: Graph, node: Node, shape: Sequence[Size]) -> Node:

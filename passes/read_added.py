@@ -26,7 +26,7 @@ from ringcompile.passes.coordinates import (
     is_view_of,
     read_index_map,
 )
-from ringcompile.passes.op import Op, is_float, read_op, shape_of
+from ringcompile.passes.op import Op, is_float, is_tensor, read_op, shape_of
 from ringcompile.passes.operands import CASTS
 from ringcompile.passes.read_score import BiasTerm, Score, check_drops, round_to
 from ringcompile.passes.read_values import Reader
@@ -194,9 +194,24 @@ def find_bias(term: BiasTerm, shape: tuple[Size, ...], grid: Grid) -> BiasOperan
             f"{term.node.name} {list(shape_of(term.node))} is added to scores, and its"
             " dims are not batch, heads, queries and keys in this order"
         )
-    return BiasOperand(term.node, view, term.factor)
+    # A row may see keys alone that a mask of finfo.min hides: that mask must be known
+    # for each row, so that their number is not lost behind it.
+    by_row = used[3] and not used[2] and (not used[1] or is_given(term.node))
+    shape = (*view[:2], shape[2], view[3]) if by_row else view
+    return BiasOperand(term.node, view, shape, term.factor)
+
+
+def is_given(node: Node) -> bool:
+    """Whether a tensor follows from what the user passes in, without any parameter."""
+    work, seen = [node], {node}
+    while work:
+        n = work.pop()
+        work += [m for m in n.all_input_nodes if m not in seen]
+        seen.update(n.all_input_nodes)
+    inputs = [n for n in seen if n.op == "placeholder" and is_tensor(n) and is_float(n)]
+    return bool(inputs) and not any(n.meta.get("is_parameter") for n in inputs)
 
 
 def is_cut(bias: BiasOperand) -> bool:
     """Whether a bias has a row for each query."""
-    return not sizes_equal(bias.view[2], 1)
+    return not sizes_equal(bias.shape[2], 1)

@@ -39,11 +39,13 @@ class BiasOperand:
     Attributes:
         node: the tensor.
         view: its shape as ``(B or 1, H or 1, S or 1, S or 1)``.
+        shape: that shape, its rows repeated for each query if need be.
         factor: what it is multiplied with.
     """
 
     node: Node
     view: tuple[Size, ...]
+    shape: tuple[Size, ...]
     factor: float = 1.0
 
 

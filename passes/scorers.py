@@ -25,7 +25,7 @@ def insert_scorers(gm: GraphModule, scorers: Mapping[int, nn.Module]) -> None:
         scorer = scorers.get(parse_plan(node.kwargs["plan"]).index)
         if scorer is None:
             continue
-        q, k, v, captures = node.args
+        q, k, v, captures, *others = node.args
         with gm.graph.inserting_before(node):
             sums = gm.graph.call_function(
                 ops.SUM_UP_BLOCKS, (q, k, captures), {"plan": node.kwargs["plan"]}
@@ -34,7 +34,7 @@ def insert_scorers(gm: GraphModule, scorers: Mapping[int, nn.Module]) -> None:
                 gm.graph.call_function(operator.getitem, (sums, n)) for n in range(3)
             )
             scores = gm.graph.call_module(_add_module(gm, scorer), (q_means, k_means))
-        node.args = (q, k, v, [*captures, scores, has_key])
+        node.args = (q, k, v, [*captures, scores, has_key], *others)
     gm.recompile()
 
 

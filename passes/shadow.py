@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ringcompile.passes.composites import WRITTEN_OUT
 from ringcompile.passes.places import Move, find_place, innermost_module, move_modules
 from ringcompile.torch_private import AUTOCAST_CALLS, ENTER_AUTOCAST, fake_inputs
 
@@ -128,6 +129,7 @@ class _Inliner(Interpreter):
         with _meta(self.entries):
             if name in _INLINED and isinstance(args[0], GraphModule):
                 return self._inline(name, args, kwargs)
+            target = WRITTEN_OUT.get(target, target)
             if target in AUTOCAST_CALLS:
                 return self._switch_autocast(target, args)
             return super().call_function(target, args, kwargs)

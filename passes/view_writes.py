@@ -5,10 +5,12 @@ view may be a value of its own, so the write is spelt as the ``h`` that is read 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from ringcompile.passes.memory import find_base, find_written, writes_memory
 from ringcompile.passes.op import read_op, schema_of
@@ -91,6 +93,8 @@ def _write_value(write: _Write) -> Node | None:
         if target.overloadpacket in (aten.copy_, aten.fill_) and len(op.slots) > 1:
             source = op.slots[1]
             cast = _call(aten.to.dtype, (source, value.dtype), like=node)
+            if any(isinstance(size, torch.SymInt) for size in value.shape):
+                return _call(aten.expand_as.default, (cast, view), like=node)
             return _call(aten.expand.default, (cast, [*value.shape]), like=node)
         if target.overloadpacket in (aten.fill_, aten.zero_):
             number = op.args.get("value", 0)
@@ -154,8 +158,6 @@ def _call(
     """A new call with the meta of the node that it is for."""
     node = like.graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
     node.meta.update(like.meta)
-    read = read_op(node)
-    assert read is not None, "a call of an op"
-    values = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+    values: Any = map_arg((args, kwargs), lambda n: n.meta["val"])  # type: ignore[type-var]
     node.meta["val"] = target(*values[0], **values[1])
     return node

@@ -7,11 +7,13 @@ that is not rewritten is compiled exactly as Inductor would.
 """
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 from torch.fx import GraphModule
 
 from ringcompile.config import RingOptions
+from ringcompile.errors import OptionError, UnsupportedAttentionError
 from ringcompile.lowering.inductor import (
     inductor_patches,
     require_kernel,
@@ -20,9 +22,15 @@ from ringcompile.lowering.inductor import (
 from ringcompile.mesh import Ranks, find_ranks
 from ringcompile.passes.artifacts import emit_artifacts
 from ringcompile.passes.pipeline import Rewritten, run_passes
+from ringcompile.passes.scale_parameters import scale_parameters
 from ringcompile.plan.check import check_schedule
 from ringcompile.preset import read_options
-from ringcompile.torch_private import compile_with_inductor, mode_patches
+from ringcompile.torch_private import (
+    compile_with_inductor,
+    find_running_modules,
+    is_split_by_ddp,
+    mode_patches,
+)
 from ringcompile.verify import agree_at_first_call
 
 log = logging.getLogger("ringcompile")
@@ -56,9 +64,14 @@ def ring(
     if ranks.is_alone and chosen.is_exact:
         return compile_with_inductor(gm, example_inputs, patches)
 
+    if chosen.replicated_factor(ranks.size) != 1:
+        _require_whole_model()
+    if is_split_by_ddp():
+        _say_split(chosen)
     made = _rewrite(gm, example_inputs, chosen, ranks)
     if not made.attentions:
         log.warning("no attention to cut in this graph: compiled as Inductor would")
+        scale_parameters(gm, example_inputs, chosen.replicated_factor(ranks.size))
         return compile_with_inductor(gm, example_inputs, patches)
 
     require_kernel(chosen.kernel, example_inputs)
@@ -87,6 +100,38 @@ def rewrite(
     """
     chosen = read_options(options)
     return _rewrite(gm, example_inputs, chosen, find_ranks(chosen.mesh)).gm
+
+
+def _require_whole_model() -> None:
+    """Refuse to divide gradients of a part of a model; the rest of it can't be."""
+    modules = find_running_modules()
+    if not modules:
+        return
+    inside = set(modules[-1].parameters())
+    outside = [n for n, p in modules[0].named_parameters() if p not in inside]
+    if outside:
+        raise OptionError(
+            'local_scale="sum" on a part of a model',
+            at=type(modules[-1]).__name__,
+            because=f"{outside[0]} and others outside of it have whole gradients on"
+            " every rank, and a sum over ranks counts those P times",
+            instead='local_scale="mean" with a wrapper that averages, or a model'
+            " without graph breaks",
+        )
+
+
+def _say_split(options: RingOptions) -> None:
+    """Right all the same, but each piece gathers what it gives to the next."""
+    error = UnsupportedAttentionError(
+        "a model that DDP's optimizer splits",
+        at="torch._dynamo.config.optimize_ddp",
+        because="each piece is compiled alone: activations are gathered between pieces,"
+        " and a mask made in one is a tensor in the next",
+        instead="torch._dynamo.config.optimize_ddp = False",
+    )
+    if options.unsupported == "error":
+        raise error
+    warnings.warn(f"gathers: {error}", stacklevel=2)
 
 
 def _rewrite(

@@ -160,6 +160,11 @@ class RingOptions:
         """Whether no attention gets a pattern."""
         return all(pattern == "exact" for _, pattern in self.attention_globs)
 
+    def replicated_factor(self, cp_size: int) -> float:
+        """What a gradient that is whole on every rank is multiplied by."""
+        is_summed_later = self.grads == "local" and self.local_scale == "sum"
+        return 1.0 / cp_size if is_summed_later else 1.0
+
     @property
     def inductor_patches(self) -> dict[str, object]:
         """The user's Inductor config patches as a new dict."""

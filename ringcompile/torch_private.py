@@ -104,6 +104,16 @@ def find_running_modules() -> tuple[nn.Module, ...]:
     return tuple(reversed(found)) if frame is not None else ()
 
 
+def is_split_by_ddp() -> bool:
+    """Whether the graph at hand is a piece that DDP's optimizer has cut out of one."""
+    frame: FrameType | None = sys._getframe()  # noqa: SLF001 - only the stack knows
+    while frame is not None:
+        if frame.f_code.co_name == "compile_submod":
+            return True
+        frame = frame.f_back
+    return False
+
+
 def observe_pass(gm: GraphModule, name: str) -> AbstractContextManager[object]:
     """Name a pass to torch's own tools: dumps, provenance, ``disabled_passes``."""
     return GraphTransformObserver(gm, f"ringcompile.{name}", "ringcompile")

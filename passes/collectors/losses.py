@@ -151,7 +151,8 @@ def _rank(op: Op) -> int:
 
 def _sizes(op: Op) -> Sequence[Size]:
     shapes = [shape_of(node) for node in op.slots]
-    return torch.broadcast_shapes(*shapes)
+    sizes: Sequence[Size] = torch.broadcast_shapes(*shapes)
+    return sizes
 
 
 def _aligned(shard: "Shard", rank: int, to: int) -> "Shard":

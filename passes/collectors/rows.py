@@ -9,6 +9,7 @@ from torch.fx import Node
 from ringcompile.passes.collectors.base import Collector, is_whole
 from ringcompile.passes.op import Op, shape_of
 from ringcompile.passes.rules.pieces import find_index_place
+from ringcompile.torch_private import sizes_equal
 
 if TYPE_CHECKING:
     from ringcompile.passes.emitter import Emitter
@@ -145,7 +146,7 @@ class _Write(Collector):
             )
         first, step = _first_written(op, length), op.args["step"]
         count = shape_of(op.slots[1])[shard.dim]
-        if isinstance(count, int) and count == 0:
+        if sizes_equal(count, 0):
             return x
         row = call(aten.sub.Scalar, emitter.positions(shard), emitter.size(first))
         is_written = call(aten.ge.Scalar, row, 0)

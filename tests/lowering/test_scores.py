@@ -67,7 +67,7 @@ def test_buffers_grow_with_the_biases_alone() -> None:
     q, k, v = (torch.randn(1, 2, S, 4, generator=random) for _ in range(3))
     at, bias = torch.arange(S)[None], torch.randn(1, 2, 1, 2 * S - 1, generator=random)
     options |= {"relative": [0], "softcap": 2.0}
-    with Largest() as largest:
+    with Largest() as largest:  # type: ignore[no-untyped-call]
         out, lse = ops.MASKED_ATTENTION(q, k, v, at, at, [], [bias], **options)
         ops.MASKED_ATTENTION_BACKWARD(
             *(v, q, k, v, out, lse, at, at, [], [bias]), **options, learned=[0]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -30,25 +31,34 @@ def spelled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ k.transpose(-2, -1)) / 2).softmax(-1) @ v
 
 
-def shadow_of(fn: Callable[..., Tensor], *, around: bool) -> tuple[GraphModule, Any]:
-    shadows: list[GraphModule] = []
+@dataclass(frozen=True, slots=True)
+class Shadowed:
+    """What was called, its shadow and what that is called with: in its own order."""
 
-    def keep(gm: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        shadows.append(trace_shadow(gm, inputs))
+    inputs: tuple[Tensor, ...]
+    shadow: GraphModule
+    shadow_inputs: tuple[Tensor, ...]
+
+
+def shadow_of(fn: Callable[..., Tensor], *, around: bool) -> Shadowed:
+    found: list[Shadowed] = []
+    q, k, v = make_qkv()
+    inputs = (q, k, v.bfloat16())  # as rotary leaves them
+
+    def keep(gm: GraphModule, given: list[Tensor]) -> Callable[..., Any]:
+        found.append(Shadowed(inputs, trace_shadow(gm, given), tuple(given)))
         return gm.forward
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with nullcontext() if around else torch.autocast("cpu", torch.bfloat16):
             return fn(q, k, v)
 
-    q, k, v = make_qkv()
-    inputs = (q, k, v.bfloat16())  # as rotary leaves them
     torch._dynamo.reset()
     with torch.autocast("cpu", torch.bfloat16) if around else nullcontext():
         torch.compile(call, backend=keep)(*inputs)
-        assert spell_autocast(shadows[0]) == 1
-        assert spell_autocast(shadows[0]) == 0
-    return shadows[0], inputs
+        assert spell_autocast(found[0].shadow) == 1
+        assert spell_autocast(found[0].shadow) == 0
+    return found[0]
 
 
 @pytest.mark.parametrize("around", [False, True], ids=["inside", "around"])
@@ -56,21 +66,20 @@ def shadow_of(fn: Callable[..., Tensor], *, around: bool) -> tuple[GraphModule, 
 def test_an_attention_under_autocast_is_found(
     fn: Callable[..., Tensor], around: bool
 ) -> None:
-    shadow, inputs = shadow_of(fn, around=around)
-    (region,) = find_attention(shadow)
+    traced = shadow_of(fn, around=around)
+    (region,) = find_attention(traced.shadow)
     assert isinstance(region, Region)
     assert region.q.node.meta["val"].dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
-        want = fn(*inputs)
+        want = fn(*traced.inputs)
     with torch.autocast("cpu", torch.bfloat16) if around else nullcontext():
-        (got,) = shadow(*inputs)
+        (got,) = traced.shadow(*traced.shadow_inputs)
     assert got.dtype == want.dtype == torch.bfloat16
     assert torch.equal(got, want)
 
 
 def test_values_are_those_of_autocast() -> None:
-    shadow, _ = shadow_of(sdpa, around=False)
-    (output,) = shadow.graph.output_node().all_input_nodes
+    (output,) = shadow_of(sdpa, around=False).shadow.graph.output_node().all_input_nodes
     assert output.meta["val"].dtype == torch.bfloat16
 
 

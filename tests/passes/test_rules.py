@@ -395,3 +395,10 @@ def test_an_unknown_op_has_no_rule() -> None:
     gm, _ = _trace(Case("fft", torch.fft.fft, (X,), 0))
     assert find_rule(_last_op(gm)) is None
     assert operator.getitem not in RULES
+
+
+def test_nothing_is_told_of_the_dims_of_an_empty_view() -> None:
+    factors = Factors()
+    dims = factors.new_dims((2, 0, 3))
+    assert factors.view(dims, (0, 3)) not in ((dims[0], dims[2]), dims)
+    assert [factors.product(d) for d in factors.view(dims, (6, 0))] == [6, 0]

@@ -66,9 +66,10 @@ def test_the_reason_compares() -> None:
 
 
 def seconds(
-    mask: Mask, name: str, length: int = 16_384, **options: int | None
+    mask: Mask, name: str, length: int = 16_384, *, num_stages: int | None = None
 ) -> float:
-    schedule = build_schedule([(mask, None)], Layout(name, 4), length, **options)
+    layout = Layout(name, 4)
+    schedule = build_schedule([(mask, None)], layout, length, num_stages=num_stages)
     return estimate_seconds(schedule, length, sizes=Sizes(), machine=H200)
 
 

@@ -114,7 +114,8 @@ class EncoderDecoder(nn.Module):
             self.encoder(self._embed(source), None, padding[:, None, None])
         )
         y = self.decoder(self._embed(target), memory, padding)
-        return y @ self.tokens.weight.mT
+        logits: Tensor = y @ self.tokens.weight.mT
+        return logits
 
     def _embed(self, ids: Tensor) -> Tensor:
         places = self.places(torch.arange(ids.shape[1]))
@@ -179,12 +180,21 @@ class Plain(nn.Module):
         self.out = nn.Linear(E, E)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        y = self.read._attend(
-            *(t.unflatten(2, (H, -1)).transpose(1, 2) for t in (x, memory, memory)),
-            kept=None,
-            is_causal=False,
-        )
+        q, k = (t.unflatten(2, (H, -1)).transpose(1, 2) for t in (x, memory))
+        y = self.read._attend(q, k, k, None, is_causal=False)
         out: Tensor = self.out(self.norm(y.transpose(1, 2).flatten(2)))
+        return out
+
+
+class Biased(nn.Module):
+    """A learned bias is added to each score of 10 queries and 17 keys."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.read, self.bias = Attention(spelling), nn.Parameter(torch.randn(H, 10, 17))
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        out: Tensor = self.read(x, memory, self.bias)
         return out
 
 
@@ -211,6 +221,7 @@ def make_model(name: str, spelling: str) -> nn.Module:
         "pixels": lambda: Pixels(spelling),
         "cached": lambda: Cached(spelling),
         "plain": lambda: Plain(spelling),
+        "biased": lambda: Biased(spelling),
     }
     return kinds[name]()
 
@@ -226,12 +237,11 @@ def make_inputs(name: str, lengths: tuple[int, int]) -> tuple[Tensor, ...]:
         ids = (torch.randint(VOCABULARY, s, generator=random) for s in sizes)
         return *ids, padding
     if name in {"pixels", "cached"}:
+        x = torch.randn(2, S, E, generator=random)
         size = (2, 3, 4, keys) if name == "pixels" else (2, H, keys, E // H)
-        sizes = ((2, S, E), size)
-        x, other = (torch.randn(s, generator=random).double() for s in sizes)
-        return x, other
+        return x.double(), torch.randn(size, generator=random).double()
     x, memory = (torch.randn(2, n, E, generator=random).double() for n in lengths)
-    if name == "plain":
+    if name in {"plain", "biased"}:
         return x, memory
     return (memory, padding) if name == "latents" else (x, memory, padding)
 

@@ -38,7 +38,7 @@ class SoftMemory(nn.Module):
         self.values = nn.Parameter(torch.randn(S, E))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x @ self.keys * E**-0.5).softmax(-1) @ self.values
+        return (x @ self.keys * E**-0.5).softmax(-1) @ self.values  # type: ignore[no-any-return]
 
 
 class MemoryOfHeads(nn.Module):
@@ -52,7 +52,7 @@ class MemoryOfHeads(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q = x.unflatten(-1, (H, D)).transpose(1, 2)
         mixed = (q @ self.keys.mT * D**-0.5).softmax(-1) @ self.values
-        return mixed.transpose(1, 2).flatten(2)
+        return mixed.transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
 
 
 class Gate(nn.Module):
@@ -80,7 +80,7 @@ class Linear(nn.Module):
         )
         q, k = self.features(q), self.features(k)
         total = q @ k.sum(2, keepdim=True).mT
-        return ((q @ (k.mT @ v)) / total).transpose(1, 2).flatten(2)
+        return ((q @ (k.mT @ v)) / total).transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
 
 
 class Efficient(Linear):
@@ -94,7 +94,7 @@ class Efficient(Linear):
             f(x).unflatten(-1, (H, D)).transpose(1, 2) for f in (self.q, self.k, self.v)
         )
         context = k.softmax(dim=2).mT @ v
-        return (q.softmax(dim=-1) @ context).transpose(1, 2).flatten(2)
+        return (q.softmax(dim=-1) @ context).transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
 
 
 class OverHeads(nn.Module):
@@ -106,7 +106,7 @@ class OverHeads(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (H, D)) for f in (self.q, self.k, self.v))
-        return ((q @ k.mT * D**-0.5).softmax(-1) @ v).flatten(2)
+        return ((q @ k.mT * D**-0.5).softmax(-1) @ v).flatten(2)  # type: ignore[no-any-return]
 
 
 class OverChannels(nn.Module):
@@ -194,8 +194,19 @@ class ContrastiveOfMeans(nn.Module):
         return x + (weights @ means).unsqueeze(1)
 
 
+class ContrastiveLogits(nn.Module):
+    """CLIP's: which sample of the batch is which, as a gate."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        means = F.normalize(x.mean(1), dim=-1)
+        own = (means @ means.T * 5).softmax(-1).diagonal()
+        return x * own[:, None, None]
+
+
 class Quantised(nn.Module):
     """A codebook looked up softly, with a fixed noise: Gumbel's softmax."""
+
+    noise: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,7 +216,7 @@ class Quantised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weights = ((x @ self.codes.T + self.noise) / 0.7).softmax(-1)
-        return weights @ self.codes  # type: ignore[no-any-return]
+        return weights @ self.codes
 
 
 class SigmoidScores(nn.Module):
@@ -276,13 +287,18 @@ LOOKALIKES: dict[str, Callable[[], nn.Module]] = {
     "squeeze and excite": Gathered,
     "classifier": Classifier,
     "mixture of softmaxes": Mixture,
-    "contrastive": Contrastive,
-    "contrastive of means": ContrastiveOfMeans,
+    "logits of the batch": ContrastiveLogits,
     "codebook": Quantised,
     "sigmoid scores": SigmoidScores,
-    "over the batch": SoftmaxOfSamples,
     "dynamic filter": DynamicFilter,
     "slots": Slots,
+}
+
+# Attention, but over the batch.
+OTHER_AXES: dict[str, Callable[[], nn.Module]] = {
+    "contrastive": Contrastive,
+    "contrastive of means": ContrastiveOfMeans,
+    "over the batch": SoftmaxOfSamples,
 }
 
 
@@ -304,11 +320,15 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+def _find(name: str) -> Callable[[], nn.Module]:
+    return (LOOKALIKES | OTHER_AXES)[name]
+
+
 def alone(name: str) -> Spelling:
     """The look-alike as a model of its own: nothing in it is an attention."""
-    return Spelling(name, LOOKALIKES[name], num_regions=0)
+    return Spelling(name, _find(name), num_regions=0)
 
 
 def beside_attention(name: str) -> Spelling:
     """The look-alike between two attentions."""
-    return Spelling(name, lambda: Beside(LOOKALIKES[name]()), num_regions=2)
+    return Spelling(name, lambda: Beside(_find(name)()), num_regions=2)

@@ -1,5 +1,6 @@
 """Run a spelling, or what looks like one, on a rank, and compare it with eager."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,17 +9,47 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from support.compiling import Record, compile_ring
-from support.spellings import Spelling, build_spelling, make_inputs
-from support.spine_models import _Float64
+from support.lookalikes import alone, beside_attention
+from support.spellings import Spelling, build_spelling, find_spelling, make_inputs
+from support.spine_models import Float64
 from support.tolerances import assert_gradients_equal, assert_output_equal
 
 Outcome = tuple[Tensor, dict[str, Tensor | None]]
 
 
+def run_named(
+    group: ProcessGroup, rank: int, table: str, name: str
+) -> tuple[Record, list[str]]:
+    """One forward and backward on this rank, and what is wrong with it.
+
+    Args:
+        group: the ranks.
+        rank: this one.
+        table: ``spelling``; or ``alone`` or ``beside`` an attention for look-alikes.
+        name: of the row.
+    """
+    return run_rank(group, rank, _TABLES[table](name), "eager")
+
+
+_TABLES: dict[str, Callable[[str], Spelling]] = {
+    "spelling": find_spelling,
+    "alone": alone,
+    "beside": beside_attention,
+}
+
+
 def run_rank(
     group: ProcessGroup, rank: int, spelling: Spelling, compiler: str
 ) -> tuple[Record, list[str]]:
-    """One forward and backward on this rank, and what is wrong with it."""
+    """The same for any row and compiler, without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _run_rank(group, spelling, compiler)
+
+
+def _run_rank(
+    group: ProcessGroup, spelling: Spelling, compiler: str
+) -> tuple[Record, list[str]]:
     torch.compiler.reset()  # the modules share their code, whose cache is small
     model, inputs = make_call(spelling, torch.float32)
     call, record = compile_ring(model, group, compiler=compiler)
@@ -40,7 +71,7 @@ def make_call(
 def run_eager(spelling: Spelling) -> Outcome:
     """The same in eager float64."""
     model, inputs = make_call(spelling, torch.float64, alike=True)
-    with _Float64():
+    with Float64():
         return _run(model, model, inputs)
 
 

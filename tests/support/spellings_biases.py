@@ -28,14 +28,14 @@ def alibi_of_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = q.shape[2]
     bias = _slopes(q.dtype).view(1, H, 1, 1) * torch.arange(s).view(1, 1, 1, s)
     found = (q @ k.mT * SCALE + bias).masked_fill(_ahead(s), -math.inf)
-    return found.softmax(-1) @ v
+    return found.softmax(-1) @ v  # type: ignore[no-any-return]
 
 
 def alibi_of_distance(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     position = torch.arange(q.shape[2])
     distance = (position[:, None] - position[None, :]).abs()
     bias = -distance[None] * _slopes(q.dtype)[:, None, None]
-    return (q @ k.mT * SCALE + bias).softmax(-1) @ v
+    return (q @ k.mT * SCALE + bias).softmax(-1) @ v  # type: ignore[no-any-return]
 
 
 def alibi_baddbmm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class Sinks(Heads):
 def softmax_off_by_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A sink of score 0: ``exp(x) / (1 + sum exp(x))``."""
     e = (q @ k.mT * SCALE).exp()
-    return e / (1 + e.sum(-1, keepdim=True)) @ v
+    return e / (1 + e.sum(-1, keepdim=True)) @ v  # type: ignore[no-any-return]
 
 
 # ---- tables of learned biases --------------------------------------------------------
@@ -138,11 +138,13 @@ class LearnedBias(Heads):
         self.bias = nn.Parameter(torch.randn(1, H, S, S))
 
     def attend_with_bias(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (q @ k.mT * SCALE + self.bias).softmax(-1) @ v
+        return (q @ k.mT * SCALE + self.bias).softmax(-1) @ v  # type: ignore[no-any-return]
 
 
 class TableOfOffsets(Heads):
     """Swin: a table by two-dimensional offset, looked up by a buffer of indices."""
+
+    index: Tensor
 
     def __init__(self, *, sdpa: bool = False) -> None:
         super().__init__(self.attend_with_table)
@@ -160,7 +162,7 @@ class TableOfOffsets(Heads):
         bias = bias.permute(2, 0, 1).contiguous().unsqueeze(0)
         if self.sdpa:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return (q @ k.mT * SCALE + bias).softmax(-1) @ v
+        return (q @ k.mT * SCALE + bias).softmax(-1) @ v  # type: ignore[no-any-return]
 
 
 # ---- what happens to q and k before --------------------------------------------------
@@ -194,7 +196,7 @@ def _turn_complex(x: Tensor) -> Tensor:
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     found = (q @ k.mT * SCALE).masked_fill(_ahead(q.shape[2]), -math.inf)
-    return found.softmax(-1) @ v
+    return found.softmax(-1) @ v  # type: ignore[no-any-return]
 
 
 def rotary_halves(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -217,7 +219,7 @@ class NormedHeads(Heads):
         self.q_norm, self.k_norm = nn.RMSNorm(D), nn.LayerNorm(D)
 
     def attend_normed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (self.q_norm(q) @ self.k_norm(k).mT * SCALE).softmax(-1) @ v
+        return (self.q_norm(q) @ self.k_norm(k).mT * SCALE).softmax(-1) @ v  # type: ignore[no-any-return]
 
 
 class TwoQueries(nn.Module):

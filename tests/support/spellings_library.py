@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from support.spellings import D, E, H, Heads, S, Spelling, merge, of_heads, split
+from support.spellings import D, E, H, Heads, S, Spelling, merge, split
 from support.spellings_biases import CAP, alibi_of_distance, softcap
 
 SCALE = D**-0.5
@@ -22,7 +22,7 @@ def _ahead(s: int) -> Tensor:
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     found = (q @ k.mT * SCALE).masked_fill(_ahead(q.shape[2]), -torch.inf)
-    return found.softmax(-1) @ v
+    return found.softmax(-1) @ v  # type: ignore[no-any-return]
 
 
 # ---- nn.MultiheadAttention -----------------------------------------------------------
@@ -142,17 +142,17 @@ def _block_mask(mask: Callable[..., Tensor], s: int) -> Any:  # noqa: ANN401
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return flex_attention(q, k, v)  # type: ignore[return-value]
+    return flex_attention(q, k, v)
 
 
 def flex_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = _block_mask(lambda b, h, i, j: i >= j, q.shape[2])
-    return flex_attention(q, k, v, block_mask=mask)  # type: ignore[return-value]
+    return flex_attention(q, k, v, block_mask=mask)
 
 
 def flex_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = _block_mask(lambda b, h, i, j: (i >= j) & (i - j <= 4), q.shape[2])
-    return flex_attention(q, k, v, block_mask=mask)  # type: ignore[return-value]
+    return flex_attention(q, k, v, block_mask=mask)
 
 
 def flex_documents(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
@@ -160,28 +160,28 @@ def flex_documents(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor
         return documents[b, i] == documents[b, j]
 
     mask = create_block_mask(same, q.shape[0], None, S, S, device="cpu")
-    return flex_attention(q, k, v, block_mask=mask)  # type: ignore[return-value]
+    return flex_attention(q, k, v, block_mask=mask)
 
 
 def flex_alibi(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     def bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score - (i - j).abs() * torch.exp2(-2.0 * (h + 1))
 
-    return flex_attention(q, k, v, score_mod=bias)  # type: ignore[return-value]
+    return flex_attention(q, k, v, score_mod=bias)
 
 
 def flex_softcap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     def cap(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return CAP * torch.tanh(score / CAP)
 
-    return flex_attention(q, k, v, score_mod=cap)  # type: ignore[return-value]
+    return flex_attention(q, k, v, score_mod=cap)
 
 
 def flex_causal_by_score(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     def hide(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return torch.where(i >= j, score, -float("inf"))
 
-    return flex_attention(q, k, v, score_mod=hide)  # type: ignore[return-value]
+    return flex_attention(q, k, v, score_mod=hide)
 
 
 def window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -265,7 +265,7 @@ def _run_masked(layer: nn.Module, x: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _filled(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
-    return (q @ k.mT * SCALE).masked_fill(hidden, -torch.inf).softmax(-1) @ v
+    return (q @ k.mT * SCALE).masked_fill(hidden, -torch.inf).softmax(-1) @ v  # type: ignore[no-any-return]
 
 
 class Autocast(Heads):
@@ -275,16 +275,6 @@ class Autocast(Heads):
         with torch.autocast("cpu", enabled=False):
             q, k, v = (split(layer(x)) for layer in (self.q, self.k, self.v))
             return self.out(merge(self.attend(q, k, v)))  # type: ignore[no-any-return]
-
-
-def mapped_over_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """``torch.vmap`` of a function of one head."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (q @ k.T * SCALE).softmax(-1) @ v
-
-    out: Tensor = torch.vmap(torch.vmap(attend))(q, k, v)
-    return out
 
 
 def of_multihead(name: str, *inputs: str, **arguments: Any) -> Spelling:  # noqa: ANN401
@@ -338,5 +328,4 @@ TABLE = (
     Spelling("nested_compile_region", Nested, num_regions=2),
     Spelling("nested_compile_region, two masks", NestedInTurn, num_regions=2),
     Spelling("autocast switched off", lambda: Autocast(_causal)),
-    of_heads("vmap over heads", mapped_over_heads),
 )

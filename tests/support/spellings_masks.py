@@ -129,14 +129,14 @@ def compared_from_above(scores: Tensor) -> Tensor:
 def before_the_scale(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = q.shape[2]
     found = (q @ k.mT).masked_fill(torch.ones(s, s).triu(1) != 0, -math.inf)
-    return (found * SCALE).softmax(-1) @ v
+    return (found * SCALE).softmax(-1) @ v  # type: ignore[no-any-return]
 
 
 def keys_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = q.shape[2]
     found = k @ q.mT * SCALE
     found = found.masked_fill(torch.ones(s, s, dtype=torch.bool).tril(-1), -math.inf)
-    return found.softmax(dim=-2).mT @ v
+    return found.softmax(dim=-2).mT @ v  # type: ignore[no-any-return]
 
 
 def baddbmm_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -158,24 +158,26 @@ def weights_filled_again(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = q.shape[2]
     ahead = torch.ones(s, s, dtype=torch.bool).triu(1)
     found = (q @ k.mT * SCALE).masked_fill(ahead, -math.inf)
-    return found.softmax(-1).masked_fill(ahead, 0.0) @ v
+    return found.softmax(-1).masked_fill(ahead, 0.0) @ v  # type: ignore[no-any-return]
 
 
 def exp_times_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = q.shape[2]
     found = q @ k.mT * SCALE
     e = (found - found.amax(-1, keepdim=True)).exp() * torch.ones(s, s).tril()
-    return (e / e.sum(-1, keepdim=True)).to(v.dtype) @ v
+    return (e / e.sum(-1, keepdim=True)).to(v.dtype) @ v  # type: ignore[no-any-return]
 
 
 def exp_over_sum_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = q.shape[2]
     e = (q @ k.mT * SCALE + torch.full((s, s), -math.inf).triu(1)).exp()
-    return (e / e.sum(-1, keepdim=True)).to(v.dtype) @ v
+    return (e / e.sum(-1, keepdim=True)).to(v.dtype) @ v  # type: ignore[no-any-return]
 
 
 class BoolBuffer(Heads):
     """A mask for the longest input, cut to this one's length."""
+
+    keep: Tensor
 
     def __init__(self, change: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__(self.attend_below)
@@ -192,6 +194,8 @@ class BoolBuffer(Heads):
 class FloatBuffer(Heads):
     """nanoGPT's: ones and zeros, compared with 0; or 0 and -inf, added."""
 
+    bias: Tensor
+
     def __init__(self, *, is_added: bool) -> None:
         super().__init__(self.attend_below)
         self.is_added = is_added
@@ -207,7 +211,7 @@ class FloatBuffer(Heads):
             if self.is_added
             else found.masked_fill(bias == 0, float("-inf"))
         )
-        return found.softmax(-1) @ v
+        return found.softmax(-1) @ v  # type: ignore[no-any-return]
 
 
 # ---- windows, padding, documents -----------------------------------------------------

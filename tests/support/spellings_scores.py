@@ -12,7 +12,7 @@ SCALE = D**-0.5
 
 
 def scores(q: Tensor, k: Tensor) -> Tensor:
-    return q @ k.mT * SCALE
+    return q @ k.mT * SCALE  # type: ignore[no-any-return]
 
 
 # ---- products ------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def einsum_in_jax_letters(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def einsum_merged_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (t.flatten(0, 1) for t in (q, k, v))
     weights = (torch.einsum("nqd,nkd->nqk", q, k) * SCALE).softmax(-1)
-    return torch.einsum("nqk,nkd->nqd", weights, v).unflatten(0, (-1, H))
+    return torch.einsum("nqk,nkd->nqd", weights, v).unflatten(0, (-1, H))  # type: ignore[no-any-return]
 
 
 def einsum_keys_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def einsum_heads_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def broadcast_and_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     found = (q[:, :, :, None, :] * k[:, :, None, :, :]).sum(-1) * SCALE
     weights = found.softmax(-1)
-    return (weights[..., None] * v[:, :, None, :, :]).sum(3)
+    return (weights[..., None] * v[:, :, None, :, :]).sum(3)  # type: ignore[no-any-return]
 
 
 def broadcast_and_sum_of_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -100,11 +100,11 @@ def broadcast_and_sum_of_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def keys_times_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (k @ q.mT * SCALE).softmax(-2).mT @ v
+    return (k @ q.mT * SCALE).softmax(-2).mT @ v  # type: ignore[no-any-return]
 
 
 def keys_times_queries_turned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (k @ q.mT * SCALE).mT.softmax(-1) @ v
+    return (k @ q.mT * SCALE).mT.softmax(-1) @ v  # type: ignore[no-any-return]
 
 
 def values_times_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def all_turned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def scale_on_q(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return ((q * SCALE) @ k.mT).softmax(-1) @ v
+    return ((q * SCALE) @ k.mT).softmax(-1) @ v  # type: ignore[no-any-return]
 
 
 def scale_on_k(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def scale_on_k(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def root_on_both(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     root = D**-0.25
-    return ((q * root) @ (k * root).mT).softmax(-1) @ v
+    return ((q * root) @ (k * root).mT).softmax(-1) @ v  # type: ignore[no-any-return]
 
 
 def by_a_tensor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -163,6 +163,8 @@ class ScaleInWeight(Heads):
 
 class ScaleBuffer(Heads):
     """The scale is a buffer without dims."""
+
+    scale: Tensor
 
     def __init__(self) -> None:
         super().__init__(unscaled)

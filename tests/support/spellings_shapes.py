@@ -24,13 +24,13 @@ SCALE = D**-0.5
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.mT * SCALE).softmax(-1) @ v
+    return (q @ k.mT * SCALE).softmax(-1) @ v  # type: ignore[no-any-return]
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = q.shape[-2]
     ahead = torch.ones(s, s, dtype=torch.bool).triu(1)
-    return (q @ k.mT * SCALE).masked_fill(ahead, -torch.inf).softmax(-1) @ v
+    return (q @ k.mT * SCALE).masked_fill(ahead, -torch.inf).softmax(-1) @ v  # type: ignore[no-any-return]
 
 
 # ---- fewer heads of K and V ----------------------------------------------------------
@@ -76,7 +76,7 @@ def one_head_of_keys_flat(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     b, h, s, d = q.shape
     k, v = k.squeeze(1), v.squeeze(1)
     weights = (q.reshape(b, h * s, d) @ k.mT * SCALE).view(b, h, s, s).softmax(-1)
-    return (weights.view(b, h * s, s) @ v).view(b, h, s, d)
+    return (weights.view(b, h * s, s) @ v).view(b, h, s, d)  # type: ignore[no-any-return]
 
 
 # ---- one projection for q, k and v ---------------------------------------------------

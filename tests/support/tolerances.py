@@ -20,7 +20,7 @@ LOW_PRECISION_FACTOR = 2.0
 
 def assert_output_equal(got: Tensor, want64: Tensor, name: str = "output") -> None:
     """Require an output or a loss to equal that of the float64 run."""
-    error, scale = max_error(got, want64), _largest(want64)
+    error, scale = max_error(got, want64), largest(want64)
     # "not <=" so that a NaN fails.
     if not error <= OUTPUT_RTOL * scale:
         raise AssertionError(
@@ -38,11 +38,11 @@ def assert_gradients_equal(
         want64: The same of the float64 run.
     """
     assert set(got) == set(want64), f"other names: {sorted(set(got) ^ set(want64))}"
-    largest = max((_largest(g) for g in want64.values() if g is not None), default=0.0)
+    top = max((largest(g) for g in want64.values() if g is not None), default=0.0)
     wrong = [
         f"{name}: {text}"
         for name, want in want64.items()
-        if (text := _compare_gradient(got[name], want, largest))
+        if (text := _compare_gradient(got[name], want, top))
     ]
     if wrong:
         raise AssertionError(
@@ -50,11 +50,11 @@ def assert_gradients_equal(
         )
 
 
-def _compare_gradient(got: Tensor | None, want: Tensor | None, largest: float) -> str:
+def _compare_gradient(got: Tensor | None, want: Tensor | None, top: float) -> str:
     if got is None or want is None:
         return "" if got is want else f"got {_kind(got)}, want {_kind(want)}"
-    error, scale = max_error(got, want), _largest(want)
-    allowed = max(GRAD_RTOL * scale, GRAD_MODEL_RTOL * largest)
+    error, scale = max_error(got, want), largest(want)
+    allowed = max(GRAD_RTOL * scale, GRAD_MODEL_RTOL * top)
     if error <= allowed:
         return ""
     return f"error {error:.3g} > {allowed:.3g} (largest value {scale:.3g})"
@@ -75,7 +75,7 @@ def assert_no_worse_than_one_rank(
     if not error <= LOW_PRECISION_FACTOR * base:
         raise AssertionError(
             f"{name}: error {error:.3g} > {LOW_PRECISION_FACTOR:g} x {base:.3g}, "
-            f"that of one rank (largest value {_largest(want64):.3g})"
+            f"that of one rank (largest value {largest(want64):.3g})"
         )
 
 
@@ -83,10 +83,11 @@ def max_error(got: Tensor, want64: Tensor) -> float:
     """Largest absolute difference; NaN if ``got`` has one."""
     assert want64.dtype == torch.float64, f"the reference is {want64.dtype}"
     assert got.shape == want64.shape, f"{tuple(got.shape)} != {tuple(want64.shape)}"
-    return _largest(got.detach().double() - want64.detach())
+    return largest(got.detach().double() - want64.detach())
 
 
-def _largest(x: Tensor) -> float:
+def largest(x: Tensor) -> float:
+    """Largest absolute value; 0 of an empty tensor."""
     return x.detach().abs().max().item() if x.numel() else 0.0
 
 

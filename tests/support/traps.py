@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ringcompile import RingCompileError, backend
+from support.tolerances import OUTPUT_RTOL
 
 B, S, H, D = 2, 12, 2, 4
 E = H * D
@@ -71,7 +72,7 @@ def run_step(call: Callable[..., Any], *inputs: Tensor) -> Seen:
 
 def split(x: Tensor) -> Tensor:
     """(B, S, H * D) to (B, H, S, D)."""
-    return x.unflatten(-1, (-1, D)).transpose(1, 2)
+    return x.unflatten(-1, (-1, D)).transpose(1, 2)  # type: ignore[no-any-return]
 
 
 def merge(x: Tensor) -> Tensor:
@@ -92,47 +93,52 @@ def attend(x: Tensor, mask: Tensor | None = None) -> Tensor:
 # ---- the run -------------------------------------------------------------------------
 
 
-def run_trap(
-    group: ProcessGroup,
-    rank: int,
-    trap: Trap,
-    rtol: float,
-    dtype: torch.dtype | None,
-    unsupported: str,
-) -> str:
-    """``right``, or ``told:`` and the error; else what is wrong.
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How a trap is compiled and compared.
 
-    Args:
-        group: the ranks.
-        rank: this one.
-        trap: a function of a module.
+    Attributes:
         rtol: of outputs and gradients.
         dtype: of the compiled run; the reference runs in it too, unless it is None,
             which stands for float32 against float64.
         unsupported: option of the backend.
+        timeout_s: another.
     """
+
+    rtol: float = OUTPUT_RTOL
+    dtype: torch.dtype | None = None
+    unsupported: str = "gather"
+    timeout_s: float = 60.0
+
+
+def run_trap(group: ProcessGroup, rank: int, trap: Trap, run: Run) -> str:
+    """``right``, or ``told:`` and the error; else what is wrong."""
+    shared: dict[str, Any] = {
+        "mesh": group,
+        "unsupported": run.unsupported,
+        "timeout_s": run.timeout_s,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.compiler.reset()
-        want = _attempt(trap, Setting(dtype or torch.float64, 0, _leave))
+        want = _attempt(trap, Setting(run.dtype or torch.float64, 0, _leave))
         torch.compiler.reset()
-        options = {"mesh": group, "unsupported": unsupported, "timeout_s": 20.0}
         setting = Setting(
-            dtype or torch.float32, rank, lambda f, **more: _compile(f, options | more)
+            run.dtype or torch.float32,
+            rank,
+            lambda f, **more: _compile(f, shared | more),
         )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(backend, "compile_with_inductor", _without_inductor)
             got = _attempt(trap, setting)
-    return _judge(got, want, rtol)
+    return _judge(got, want, run.rtol)
 
 
 def _leave(fn: Callable[..., Any], **_options: object) -> Callable[..., Any]:
     return fn
 
 
-def _compile(
-    fn: Callable[..., Any], options: Mapping[str, object]
-) -> Callable[..., Any]:
+def _compile(fn: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
     return torch.compile(fn, backend=backend.ring, options=dict(options))
 
 
@@ -156,7 +162,7 @@ def _attempt(trap: Trap, setting: Setting) -> Seen | Exception:
 def _judge(got: Seen | Exception, want: Seen | Exception, rtol: float) -> str:
     if isinstance(got, Exception):
         text = "".join(traceback.format_exception_only(got)).strip()
-        if _is_clear(got) or isinstance(want, type(got)):
+        if _is_clear(got) or isinstance(want, Exception):
             return f"told: {text}"
         return (
             f"unclear: {text}\n{''.join(traceback.format_tb(got.__traceback__)[-3:])}"
@@ -195,3 +201,8 @@ def _differ(got: Tensor | None, want: Tensor | None, rtol: float) -> str:
     largest = b.abs().max().item() if b.numel() else 0.0
     error = (a - b).abs().max().item() if b.numel() else 0.0
     return "" if error <= rtol * max(largest, 1e-2) else f"error {error:.3g}"
+
+
+def run_differing(group: ProcessGroup, rank: int, trap: Trap) -> None:
+    """A trap of ranks that differ: always raises, since groups may be torn after it."""
+    raise AssertionError(run_trap(group, rank, trap, Run(timeout_s=8.0)))

@@ -17,7 +17,7 @@ import ringcompile
 from ringcompile.patterns import LocalWindow
 
 NUM_RINGS = {"pair": 5, "decoder": 4, "checkpointed decoder": 4, "latents": 2}
-NUM_RINGS |= {"pixels": 2, "cached": 1, "plain": 1}
+NUM_RINGS |= {"pixels": 2, "cached": 1, "plain": 1, "biased": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,7 @@ def check(ranks: RankPool, cell: Cell) -> Record:
         Cell("latents", 3, (12, 64)),
         Cell("pixels", 3, (16, 40)),
         Cell("plain", 3, (10, 17)),
+        Cell("biased", 3, (10, 17)),
     ],
     ids=str,
 )

@@ -1,0 +1,208 @@
+"""Check a program: all ranks of its rewritten graph against float64 eager; shrink it."""
+
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ringcompile.backend import _rewrite
+from ringcompile.config import RingOptions
+from ringcompile.errors import RingCompileError
+from ringcompile.ir.reshard import format_spec, parse_spec
+from ringcompile.ir.text import format_plan, parse_plan
+from ringcompile.mesh import Ranks
+from ringcompile.passes.pipeline import Rewritten
+from support.fuzz_program import Input, Outcome, Program, run_program
+from support.simulate_ranks import GROUP_NAME, SimulationError, simulate
+from support.tolerances import (
+    OUTPUT_RTOL,
+    assert_gradients_equal,
+    assert_output_equal,
+    largest,
+    max_error,
+)
+
+
+class Verdict(Enum):
+    """What became of a program."""
+
+    RING = "right, every attention a ring"
+    GATHERED = "right, some attention gathered"
+    WHOLE = "right, nothing to cut"
+    REFUSED = "refused with a reason"
+    ROUNDING = "off by rounding alone: eager is as far off"
+    WRONG = "wrong numbers"
+    MISMATCH = "ranks that do not fit together"
+    CRASH = "crashed"
+
+    @property
+    def is_find(self) -> bool:
+        return self in {Verdict.WRONG, Verdict.MISMATCH, Verdict.CRASH}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A verdict, and what there is to say of it."""
+
+    verdict: Verdict
+    text: str = ""
+
+
+def check_program(program: Program) -> Finding:
+    """Simulate all ranks and compare with float64 eager."""
+    reference = run_program(program, program.run, torch.float64)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made, outcomes = _simulate(program)
+    except RingCompileError as error:
+        return Finding(Verdict.REFUSED, f"{error}")
+    except SimulationError as error:
+        return Finding(Verdict.MISMATCH, f"{error}")
+    except Exception:
+        return Finding(Verdict.CRASH, traceback.format_exc())
+    text = _find_difference(outcomes, reference)
+    if not text or not _find_difference(outcomes, _run_plainly(program)):
+        return Finding(_read_verdict(made))
+    if _is_rounding(program, outcomes, reference):
+        return Finding(Verdict.ROUNDING)
+    return Finding(Verdict.WRONG, text)
+
+
+def _run_plainly(program: Program) -> Outcome:
+    """Eager with attention by plain operators.
+
+    torch's CPU kernel gives rows whose mask is ``finfo.min`` throughout S times their
+    gradient: the log of their sum is lost beside ``finfo.min``.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        return run_program(program, program.run, torch.float64)
+
+
+def _find_difference(outcomes: Sequence[Outcome], reference: Outcome) -> str:
+    """How ranks differ from the reference, or from each other by a bit; else empty."""
+    try:
+        for outcome in outcomes:
+            compare(outcome, reference)
+        _check_alike(outcomes)
+    except AssertionError as error:
+        return f"{error}"
+    return ""
+
+
+def _read_verdict(made: Rewritten) -> Verdict:
+    if made.refusals:
+        return Verdict.GATHERED
+    return Verdict.RING if made.attentions else Verdict.WHOLE
+
+
+def _simulate(program: Program) -> tuple[Rewritten, list[Outcome]]:
+    gm = program.build(program.dtype)
+    inputs = program.make_inputs(program.dtype)
+    made = rewrite_for(gm, inputs, program.options, program.size)
+
+    def work(rank: int) -> Outcome:
+        return run_program(program, RankRun(made.gm, rank).run, program.dtype)
+
+    return made, simulate(program.size, work)
+
+
+def rewrite_for(
+    gm: GraphModule, inputs: Sequence[object], options: RingOptions, size: int
+) -> Rewritten:
+    """Rank 0's graph, for ranks that are simulated."""
+    return _rewrite(gm, inputs, options, Ranks(0, size, GROUP_NAME))
+
+
+class RankRun(Interpreter):
+    """A rank's graph from that of rank 0: they differ in the texts of plans alone."""
+
+    def __init__(self, gm: GraphModule, rank: int) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self._texts: dict[Node, dict[str, str]] = {}
+        for node in gm.graph.nodes:
+            for name, (parse, write) in _TEXTS.items():
+                if name in node.kwargs:
+                    text = write(replace(parse(node.kwargs[name]), rank=rank))
+                    self._texts[node] = {name: text}
+
+    def fetch_args_kwargs_from_env(self, n: Node) -> tuple[Any, Any]:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return args, kwargs | self._texts.get(n, {})
+
+
+_TEXTS: dict[str, tuple[Callable[[str], Any], Callable[[Any], str]]] = {
+    "spec": (parse_spec, format_spec),
+    "plan": (parse_plan, format_plan),
+}
+
+
+def compare(got: Outcome, want64: Outcome) -> None:
+    """Outputs and gradients of one rank against the reference."""
+    for name, want in want64.outputs.items():
+        if want.is_floating_point():
+            assert_output_equal(got.outputs[name], want, name)
+        else:
+            assert torch.equal(got.outputs[name], want), f"{name} differs"
+    assert_gradients_equal(got.grads, want64.grads)
+
+
+def _check_alike(outcomes: Sequence[Outcome]) -> None:
+    first = outcomes[0]
+    for rank, other in enumerate(outcomes):
+        for kind in ("outputs", "grads"):
+            here, there = getattr(first, kind), getattr(other, kind)
+            for name, x in here.items():
+                same = x is there[name] or torch.equal(x, there[name])
+                assert same, f"{kind} {name} of rank {rank} differ from rank 0's"
+
+
+def _is_rounding(
+    program: Program, outcomes: Sequence[Outcome], reference: Outcome
+) -> bool:
+    """Whether errors are no more than a few times those of eager in the same dtype.
+
+    A sum that is 0 in exact arithmetic has no relative error. What eager's rounding
+    does in float64 is read from float32, 2^29 times coarser. A program of float32 must
+    be right in float64 then.
+    """
+    draws = [_run_jittered(program, seed) for seed in range(_DRAWS)]
+    step = 2.0**-29 if program.dtype == torch.float64 else 1.0
+    for kind in ("outputs", "grads"):
+        for name, want in getattr(reference, kind).items():
+            if want is None or not want.is_floating_point():
+                continue
+            noise = max(max_error(getattr(x, kind)[name], want) for x in draws)
+            allowed = max(_FEW_TIMES * step * noise, OUTPUT_RTOL * largest(want))
+            got = [getattr(x, kind)[name] for x in outcomes]
+            if not all(x is not None and max_error(x, want) <= allowed for x in got):
+                return False
+    wide = replace(program, dtype=torch.float64)
+    return program.dtype == torch.float64 or not check_program(wide).verdict.is_find
+
+
+def _run_jittered(program: Program, seed: int) -> Outcome:
+    """Eager in float32 with the last bit of its inputs at random: one draw of rounding.
+
+    A single draw may be small by luck.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def jitter(x: Input) -> Input:
+        if not x.value.is_floating_point():
+            return x
+        signs = torch.randint(-1, 2, x.value.shape, generator=generator)
+        return replace(x, value=x.value * (1 + signs * 2.0**-24))
+
+    moved = replace(program, inputs=tuple(map(jitter, program.inputs)))
+    return run_program(moved, moved.run, torch.float32)
+
+
+_DRAWS = 4
+_FEW_TIMES = 32

@@ -1,0 +1,97 @@
+"""Random small models: each is right on all ranks, or refused with a reason.
+
+``python tests/print_fuzz.py --count 20000`` runs larger ones by hand.
+"""
+
+import pytest
+import torch
+from support.compiling import compile_ring
+from support.fuzz_checks import Verdict, check_program, compare
+from support.fuzz_models import write_program
+from support.fuzz_program import run_program
+from support.fuzz_shrink import shrink
+from support.ranks import RankPool
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.distributed import ProcessGroup
+from torch.fx import Node
+
+from ringcompile.errors import RingCompileError
+from ringcompile.passes.collectors import _COLLECTORS
+from ringcompile.passes.collectors.sums import _Sum
+from ringcompile.passes.emitter import Emitter
+from ringcompile.passes.op import Op
+
+CHUNK = 50
+NUM_SIMULATED = 1000
+GLOO_SEEDS = {2: range(30), 3: range(30, 40), 4: range(40, 50)}
+
+
+@pytest.mark.parametrize("first", range(0, NUM_SIMULATED, CHUNK))
+def test_random_models_are_right_or_refused(first: int) -> None:
+    num_rings = 0
+    for seed in range(first, first + CHUNK):
+        program = write_program(seed, is_small=True)
+        found = check_program(program)
+        num_rings += found.verdict is Verdict.RING
+        if found.verdict.is_find:
+            small = shrink(program, found.verdict)
+            text = check_program(small).text
+            pytest.fail(f"seed {seed}: {found.verdict.value}\n{small}\n{text}")
+    assert num_rings > CHUNK // 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 20000, 500))
+def test_larger_random_models_are_right_or_refused(first: int) -> None:
+    for seed in range(first, first + 500):
+        found = check_program(write_program(seed))
+        assert not found.verdict.is_find, f"seed {seed}: {found}"
+
+
+def run_on_ranks(group: ProcessGroup, _rank: int, seeds: range) -> list[str]:
+    """What became of each program, as Dynamo hands it over; all ranks agree."""
+    torch.set_num_threads(1)
+    verdicts = []
+    for seed in seeds:
+        program = write_program(seed, is_small=True)
+        options = {"layout": program.options.layout, "stages": program.options.stages}
+        gm = program.build(torch.float64)
+        call, record = compile_ring(gm, group, compiler="eager", options=options)
+        reference = run_program(program, program.run, torch.float64)
+        torch._dynamo.reset()
+        try:
+            got = run_program(program, call, torch.float64)
+            compare(got, reference)
+        except BackendCompilerFailed as error:
+            if not isinstance(error.inner_exception, RingCompileError):
+                raise
+            verdicts.append("refused")
+            continue
+        except AssertionError as error:
+            error.add_note(f"seed {seed}\n{program}")
+            raise
+        verdicts.append("ring" if record.rings else "whole")
+    return verdicts
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("size", GLOO_SEEDS)
+def test_random_models_on_gloo(ranks: RankPool, size: int) -> None:
+    seeds = GLOO_SEEDS[size]
+    verdicts = ranks.run(run_on_ranks, seeds, world_size=size)
+    assert all(v == verdicts[0] for v in verdicts)
+    assert verdicts[0].count("ring") > len(seeds) // 2
+
+
+class _Twice(_Sum):
+    """A fault: means over the sequence are twice too large."""
+
+    def emit(self, emitter: Emitter, op: Op, operands: list[Node]) -> Node:
+        total = super().emit(emitter, op, operands)
+        return emitter.call(torch.ops.aten.mul.Scalar, total, 2)
+
+
+def test_the_fuzzer_finds_a_planted_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_COLLECTORS, torch.ops.aten.mean, (_Twice(),))
+    programs = (write_program(seed, is_small=True) for seed in range(100))
+    assert any(check_program(p).verdict is Verdict.WRONG for p in programs)
