@@ -3,7 +3,7 @@
 A row that gets better or worse fails its test until this table says so.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from support.zoo_rows import Attention
 
@@ -31,12 +31,9 @@ class Expected:
     note: str = ""
 
 
-CROSS = "attention between sequences of different lengths isn't built yet"
-THREE_DIMS = "only torch.matmul on 4-D tensors is built so far"
-IN_PLACE = "changed in place"
 WRITTEN = "writes in place to a value that is cut over the ranks"
-PATCHES = "its sequence dim is no single extent that can be cut"
 NOT_READ = "a mask or bias that isn't a function of positions"
+ONE_TOKEN = "a sequence of one token can't be cut over ranks"
 EXPERTS = ("aten.histc", "aten.index", "aten.sort")
 
 
@@ -48,11 +45,15 @@ def _gathers(*ops: str) -> Expected:
     return Expected(gathers=ops)
 
 
-_CROSS_SDPA = Expected(4, 2, CROSS, ("aten.scaled_dot_product_attention",))
-_CROSS_EAGER = Expected(4, 2, CROSS, ("aten.matmul",))
-_PAIRED = ("bart", "mbart", "pegasus", "marian", "blenderbot", "m2m_100", "plbart")
-_T5 = Expected(rings=0, gathered=6)  # for reasons of two kinds
-_WAVE = Expected(
+def _rings(number: int) -> Expected:
+    return Expected(rings=number)
+
+
+PAIRED = (
+    *("t5", "t5 gated", "mt5", "umt5", "bart", "mbart", "pegasus", "marian"),
+    *("blenderbot", "m2m_100", "plbart", "whisper"),
+)
+WAVE = Expected(
     gathers=("aten.conv1d",),
     num_graphs=3,
     note="in training, layers are left out at random: graph breaks",
@@ -60,16 +61,15 @@ _WAVE = Expected(
 
 EXPECTED: dict[str, Expected] = {
     # Decoders.
-    "gemma2": _gathered("softcap"),
-    "diffllama": Expected(rings=4, gathers=("aten.repeat",)),
+    "diffllama": _rings(4),
     "mixtral": Expected(rings=0, error=WRITTEN),
     "qwen2_moe": _gathers(*EXPERTS),
     "qwen3_moe": _gathers(*EXPERTS),
     "olmoe": _gathers(*EXPERTS),
     "granitemoe": _gathers(*EXPERTS, "aten.type_as"),
-    "gpt_oss": _gathered("attention whose weights are also used"),
-    "deepseek_v2": _gathered(IN_PLACE),
-    "deepseek_v3": _gathered(IN_PLACE),
+    "gpt_oss": _gathers(*EXPERTS),
+    "deepseek_v2": _gathers(*EXPERTS, "aten.new_empty", "aten.view_as_complex"),
+    "deepseek_v3": _gathers(*EXPERTS, "aten.new_empty"),
     "minimax": Expected(rings=0, error=WRITTEN),
     "jamba": Expected(rings=1, gathers=(*EXPERTS, "aten.conv1d", "aten.movedim")),
     "lfm2": Expected(rings=1, gathers=("aten.conv1d",)),
@@ -78,66 +78,62 @@ EXPECTED: dict[str, Expected] = {
     "bloom": Expected(
         rings=0, note="an autograd.Function: the whole graph runs on every rank"
     ),
-    "falcon": _gathers("aten.index"),
-    "falcon alibi": _gathered(NOT_READ),
-    "mpt": _gathered(NOT_READ),
-    "xglm": _gathered(THREE_DIMS),
+    "xglm": _gathered("scores go through aten.max"),
     # Encoders.
-    "deberta_v2": _gathered(THREE_DIMS),
-    "mpnet": _gathered(NOT_READ),
+    "deberta_v2": _gathered(NOT_READ),
+    "mpnet": _gathered("under an added mask of finfo.min"),
     "modernbert [sdpa]": Expected(
-        1, 1, NOT_READ, ("aten.scaled_dot_product_attention", "aten.unbind")
+        1, 1, NOT_READ, ("aten.scaled_dot_product_attention",)
     ),
-    "modernbert [eager]": Expected(1, 1, NOT_READ, ("aten.matmul", "aten.unbind")),
+    "modernbert [eager]": Expected(1, 1, NOT_READ, ("aten.matmul",)),
     "longformer": Expected(
         rings=0,
         num_graphs=4,
         note="its own sliding chunks, which no softmax of scores of all keys is",
     ),
-    "mobilebert": _gathers("aten.slice"),
+    "mobilebert": _gathers("aten.pad"),
     "squeezebert": _gathers("aten.conv1d"),
-    "layoutlm": _gathered(NOT_READ),
     "roformer": _gathers("aten.reshape_as"),
     "convbert": _gathers("aten.conv1d", "aten.im2col"),
     "fnet": Expected(rings=0, note="no attention: Fourier transforms"),
     "xlnet": _gathered(NOT_READ),
     # Encoder-decoders.
-    "t5": _T5,
-    "t5 gated": _T5,
-    "mt5": _T5,
-    "umt5": _T5,
-    "switch_transformers": replace(_T5, num_graphs=8),
-    **{f"{name} [sdpa]": _CROSS_SDPA for name in (*_PAIRED, "whisper")},
-    **{f"{name} [eager]": _CROSS_EAGER for name in (*_PAIRED, "whisper")},
+    **dict.fromkeys(PAIRED, _rings(6)),
+    "switch_transformers": Expected(rings=6, num_graphs=8),
     # Sound.
-    "wav2vec2": _WAVE,
-    "hubert": _WAVE,
-    "wavlm": Expected(0, 2, THREE_DIMS, num_graphs=3),
-    "unispeech": _WAVE,
+    **dict.fromkeys(("wav2vec2", "hubert", "wavlm", "unispeech"), WAVE),
     # Vision.
-    "dinov2": _gathers("aten.slice"),
-    "dinov2_with_registers": _gathers("aten.slice"),
     "dinov3_vit": _gathers("aten.split_with_sizes"),
-    "beit": _gathers("aten.slice"),
-    "beit relative": _gathered(NOT_READ),
-    "data2vec_vision": _gathered(NOT_READ),
-    "ijepa": Expected(rings=0, error=PATCHES),
-    "swin": _gathered(NOT_READ, 4),
+    "ijepa": _gathers("aten.add"),
+    "swin": Expected(rings=4, gathers=("aten.view",)),
     "swinv2": _gathered(NOT_READ, 4),
-    "clip": Expected(rings=4, gathers=("aten.index",)),
-    "siglip": Expected(rings=0, error=PATCHES),
-    "videomae": Expected(rings=0, error=PATCHES),
+    "clip": _rings(4),
+    "siglip": Expected(rings=4, gathers=("aten.add",)),
+    "videomae": _gathers("aten.add"),
     "llava": Expected(rings=4, num_graphs=7),
+    # timm.
+    "timm vit_base_patch16_siglip_224 [sdpa]": Expected(2, 1, ONE_TOKEN, ("aten.add",)),
+    "timm vit_base_patch16_siglip_224 [eager]": _gathers("aten.add"),
+    "timm eva02_tiny_patch14_224": _gathers("aten.cat", "aten.slice"),
+    "timm cait_xxs24_224 [sdpa]": _gathered(ONE_TOKEN),
+    "timm cait_xxs24_224 [eager]": Expected(
+        rings=0, note="scores of all heads are mixed; then one query, the class"
+    ),
+    "timm xcit_nano_12_p8_224 [sdpa]": Expected(
+        2, 2, ONE_TOKEN, note="attention over channels, which are cut"
+    ),
+    "timm xcit_nano_12_p8_224 [eager]": Expected(
+        rings=0, note="attention over channels; then one query, the class"
+    ),
+    "timm swin_tiny_patch4_window7_224 [sdpa]": Expected(4, gathers=("aten.view",)),
+    "timm swin_tiny_patch4_window7_224 [eager]": Expected(
+        2, 2, NOT_READ, ("aten.view",)
+    ),
     # torch.nn.
-    "nn.TransformerEncoder without gradients": Expected(
-        rings=0, note="the fast path's own op: the whole graph runs on every rank"
-    ),
-    "nn.TransformerDecoder": Expected(
-        2, 2, CROSS, ("aten.scaled_dot_product_attention",)
-    ),
-    "nn.Transformer": Expected(4, 2, CROSS, ("aten.scaled_dot_product_attention",)),
-    "nn.MultiheadAttention": Expected(rings=1),
-    "nn.MultiheadAttention with weights": _gathered(THREE_DIMS, 1),
+    "nn.TransformerDecoder": _rings(4),
+    "nn.Transformer": _rings(6),
+    "nn.MultiheadAttention": _rings(1),
+    "nn.MultiheadAttention with weights": _gathered("whose weights are also used", 1),
 }
 
 
