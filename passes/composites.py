@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ringcompile.torch_private import ENCODER_LAYER
+
 _KEY_PADDING = 1  # of `mask_type`; 0 is (S, S), 2 is (B, H, S, S)
 
 
@@ -77,6 +79,6 @@ def _read_dropped(mask: Tensor | None, mask_type: int | None) -> Tensor | None:
 
 
 WRITTEN_OUT: Mapping[object, Callable[..., Tensor]] = MappingProxyType(
-    {torch._transformer_encoder_layer_fwd: _encoder_layer}  # noqa: SLF001
+    {ENCODER_LAYER: _encoder_layer}
 )
 """By the function that a graph calls."""

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = ["Work"]  # the rest is defined here
 
+ENCODER_LAYER = torch._transformer_encoder_layer_fwd  # noqa: SLF001
 SET_GRAD_ENABLED = torch._C._set_grad_enabled  # noqa: SLF001
 """The call by which a graph turns gradients on and off."""
 

@@ -372,7 +372,6 @@ def test_of_positions_alone_there_is_one_run() -> None:
 
 
 UNREADABLE: dict[str, tuple[MaskFn, tuple[Tensor, ...], str]] = {
-    "dense random bias": (lambda s, x: x, (torch.randn(B, 1, S, S),), "isn't computed"),
     "rows of a computed S x S": (
         lambda s, d: (d[:, :, None] * d[:, None, :]).amax(-1).bool()[:, None, None],
         (torch.randint(0, 2, (B, S)),),
@@ -383,33 +382,34 @@ UNREADABLE: dict[str, tuple[MaskFn, tuple[Tensor, ...], str]] = {
         (torch.randn(B, S, D),),
         "isn't computed from positions",
     ),
-    "ALiBi": (
-        lambda s: -(row(s) - column(s)).abs().float(),
-        (),
-        "",
-    ),
-    "small numbers": (
-        lambda s: torch.where(column(s) > row(s), -1e4, 0.0),
-        (),
-        "-10000",
-    ),
-    "NaN": (lambda s: torch.where(column(s) > row(s), math.nan, 0.0), (), "nan"),
-    "ints of unknown values": (
-        lambda s, m: (1.0 - m[:, None, None].float()) * LOWEST,
-        (torch.ones(B, S, dtype=torch.int64),),
-        "cast",
-    ),
-    "changed in place": (
-        lambda s: torch.zeros(s, s).masked_fill_(column(s) > row(s), -math.inf),
-        (),
-        "in place",
-    ),
     "random": (lambda s: torch.rand(B, 1, 1, s) > 0.5, (), ""),
     "random ints": (lambda s: torch.randint(0, 2, (B, 1, 1, s)).bool(), (), ""),
     "bytes that wrap": (
         lambda s, m: m[:, None, :, None] - m[:, None, None] < 200,
         (torch.arange(S, dtype=torch.uint8).expand(B, -1).contiguous(),),
         "",
+    ),
+}
+
+
+CARRIED: dict[str, tuple[MaskFn, tuple[Tensor, ...]]] = {
+    "dense random bias": (lambda s, x: x, (torch.randn(B, 1, S, S),)),
+    "ALiBi": (
+        lambda s: -(row(s) - column(s)).abs().float(),
+        (),
+    ),
+    "small numbers": (
+        lambda s: torch.where(column(s) > row(s), -1e4, 0.0),
+        (),
+    ),
+    "NaN": (lambda s: torch.where(column(s) > row(s), math.nan, 0.0), ()),
+    "ints of unknown values": (
+        lambda s, m: (1.0 - m[:, None, None].float()) * LOWEST,
+        (torch.ones(B, S, dtype=torch.int64),),
+    ),
+    "changed in place": (
+        lambda s: torch.zeros(s, s).masked_fill_(column(s) > row(s), -math.inf),
+        (),
     ),
 }
 
@@ -446,6 +446,12 @@ def test_a_mask_of_pairs_that_is_passed_in_is_read_as_it_is(name: str) -> None:
     want = make_mask(S, given).expand(B, 1, S, S)
     got = evaluate(region.mask.keeps, (b, torch.zeros_like(b), q, k), [given])
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_other_numbers_are_added_as_they_are(name: str) -> None:
+    make_mask, captures = CARRIED[name]
+    assert trace_masked(make_mask, *captures).region().biases
 
 
 @pytest.mark.parametrize("name", UNREADABLE)

@@ -49,7 +49,7 @@ class Attention(nn.Module):
             for y in self.qkv(x).chunk(3, dim=-1)
         )
         if self.biased:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias > 0)
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         projected: Tensor = self.out(y.transpose(1, 2).reshape(x.shape))
@@ -176,7 +176,7 @@ bytes that each rank sends in one forward and one backward
 
 memory on each rank at the end of forward, without temporaries
   parameters                      33 KiB
-  saved for backward, at most   90.5 KiB
+  saved for backward, at most    106 KiB
     of that by attentions        8.5 KiB
   made whole                      48 KiB
 """,
@@ -199,7 +199,7 @@ def test_an_attention_names_module_line_mask_and_layout() -> None:
 def test_a_refused_attention_is_gathered_and_says_why() -> None:
     found = report(False, True)
     first, second = found.attentions
-    call = "y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)"
+    call = "y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias > 0)"
     assert (first.status, second.status) == ("ring", "gathered")
     assert second.where == f"{__file__}:{line_of(call)}"
     assert "isn't a function of positions" in second.reason

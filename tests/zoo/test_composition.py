@@ -1,7 +1,4 @@
-"""The backend beside what else trains models: curves are those of one eager rank.
-
-All but code generation runs here (``without_codegen``); one slow test generates code.
-"""
+"""The backend beside what else trains models: curves are those of one eager rank."""
 
 import copy
 import warnings
