@@ -59,14 +59,15 @@ class RingTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Give each data-parallel rank its batches; Accelerate would cut by rank."""
         dp = None if self.mesh is None else self.mesh["dp"]
+        data: Any = self.train_dataset
         sampler: DistributedSampler[Any] = DistributedSampler(
-            self.train_dataset,
+            data,
             num_replicas=1 if dp is None else dp.size(),
             rank=0 if dp is None else dp.get_local_rank(),
             seed=self.args.seed,
         )
         return DataLoader(
-            self.train_dataset,
+            data,
             self.args.train_batch_size,
             sampler=sampler,
             collate_fn=self.data_collator,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ringcompile import backend
-from ringcompile.passes.pipeline import Rewritten
+from ringcompile.passes.pipeline import Rewritten, run_passes
 from ringcompile.torch_private import compile_with_inductor
 
 VOCABULARY = 67
@@ -103,7 +103,6 @@ def without_codegen() -> Iterator[list[Rewritten]]:
         What the passes make of each graph that is compiled inside.
     """
     found: list[Rewritten] = []
-    run_passes = backend.run_passes
 
     def keep(*args: Any, **kwargs: Any) -> Rewritten:  # noqa: ANN401
         found.append(run_passes(*args, **kwargs))
@@ -116,6 +115,12 @@ def without_codegen() -> Iterator[list[Rewritten]]:
         mock.patch.object(backend, "run_passes", keep),
     ):
         yield found
+
+
+def count_rings(found: Sequence[Rewritten]) -> int:
+    """The number of attentions that became rings; none may have been refused."""
+    assert not any(made.refusals for made in found)
+    return sum(len(made.attentions) for made in found)
 
 
 def _run_eagerly(
