@@ -7,6 +7,7 @@ every node's index is written in these. Invariant: a dim of size 1 has index 0.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import sympy
 from sympy import Expr
@@ -53,17 +54,14 @@ class Grid:
                 return cls(size // heads, heads, (_at(index, size),))
             case [batch, own]:
                 return cls(batch, own, (_at(BATCH, batch), _at(HEAD, own)))
-            case [batch, *groups]:
-                heads = 1
-                for size in groups:
-                    if not isinstance(size, int):
-                        raise Unreadable(f"heads in dims of sizes {groups}")
-                    heads *= size
-                return cls(
-                    batch,
-                    heads,
-                    (_at(BATCH, batch), *map_reshape_of_heads(heads, groups)),
-                )
+        batch, *rest = lead
+        groups = [size for size in rest if isinstance(size, int)]
+        if len(groups) < len(rest):
+            raise Unreadable(f"heads in dims of sizes {rest}")
+        heads = prod(groups)
+        return cls(
+            batch, heads, (_at(BATCH, batch), *map_reshape_of_heads(heads, groups))
+        )
 
     def settle(self, e: Expr) -> Expr:
         """``e`` in normal form, its head index known to be below H."""

@@ -15,6 +15,7 @@ from functools import partial
 import sympy
 import torch
 from sympy import Expr
+from torch import SymInt
 from torch.fx import Graph, GraphModule, Node
 
 from ringcompile.ir.mask import EmptyRow, Mask, at_least_zero, negate
@@ -31,7 +32,7 @@ from ringcompile.passes.read_values import Reader
 from ringcompile.passes.regions import BiasOperand, Refusal, Region
 from ringcompile.passes.sequences import mark_cross
 from ringcompile.passes.shadow import where
-from ringcompile.passes.symbolic import Unreadable, read_truth
+from ringcompile.passes.symbolic import Size, Unreadable, read_truth
 from ringcompile.passes.value_scalars import read_scalar
 
 aten = torch.ops.aten
@@ -165,9 +166,10 @@ def _read_sdpa(reader: Reader, op: Op) -> Parts:
     if len(lead) == 1:
         heads = find_heads((q, k, v), lead)
     grid = Grid.of(lead, heads)
-    rows = tuple(
+    q_rows, k_rows, v_rows = (
         Rows.of(x, _read_lead(op, x, grid), transposed=False) for x in (q, k, v)
     )
+    rows = (q_rows, k_rows, v_rows)
     lengths = tuple(x.length for x in rows)
     check_lengths(*lengths)
     place = _Place([*grid.full(op.node), ROW, COLUMN], grid, op.node.meta["val"].dtype)
@@ -183,14 +185,21 @@ def _read_lead(op: Op, node: Node, grid: Grid) -> list[Expr]:
     index = align(node, [*grid.full(op.node), ROW, COLUMN])[: len(lead)]
     if not op.args["enable_gqa"] or len(lead) != 2:  # noqa: PLR2004 - (B, G)
         return index
-    own, heads = lead[1], grid.heads
-    if not isinstance(own, int) or not isinstance(heads, int) or heads % own:
+    shared = _count_shared(lead[1], grid.heads)
+    if shared is None:
         raise Refused(
-            f"attention of {heads} query heads over {own} heads of K",
+            f"attention of {grid.heads} query heads over {lead[1]} heads of K",
             because="enable_gqa needs a multiple",
             instead="a multiple of K's heads",
         )
-    return [index[0], sympy.floor(HEAD / (heads // own)) if own > 1 else sympy.S.Zero]
+    return [index[0], sympy.floor(HEAD / shared) if index[1] != 0 else index[1]]
+
+
+def _count_shared(own: Size, heads: Size) -> int | None:
+    """How many query heads use one of ``own``; None if that is no known number."""
+    if isinstance(own, SymInt) or isinstance(heads, SymInt) or heads % own:
+        return None
+    return heads // own
 
 
 def _read_sdpa_score(reader: Reader, op: Op, place: _Place) -> Score:

@@ -231,7 +231,7 @@ def _is_widened(op: Op) -> bool:
     if op.packet not in CASTS or not op.slots or not is_float(op.slots[0]):
         return False
     before, after = (n.meta["val"].dtype for n in (op.slots[0], op.node))
-    return before != after == torch.promote_types(before, after)
+    return bool(before != after == torch.promote_types(before, after))
 
 
 def find_heads(nodes: Sequence[Node], lead: Sequence[Size]) -> int:

@@ -37,9 +37,10 @@ def _replace(graph: Graph, index: int, region: Region) -> Node:
         )
         seeds = [_write_seed(graph, q)] if region.dropout else []
         biases = [_write_bias(graph, bias, q) for bias in region.biases]
-        args = (q, k, v, [*region.captures, *seeds], biases)
-        if region.sinks is not None:
-            args = (*args, _view(graph, region.sinks, (region.q.shape[1],)))
+        sinks = region.sinks
+        if sinks is not None:
+            sinks = _view(graph, sinks, (region.q.shape[1],))
+        args = (q, k, v, [*region.captures, *seeds], biases, sinks)
         call = graph.call_function(RING_ATTENTION, args, {"plan": f"attention {index}"})
         _set_value(call, output, (*region.q.shape[:3], region.v.shape[3]))
         result = call

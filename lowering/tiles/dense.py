@@ -113,9 +113,9 @@ def attend_backward(  # noqa: PLR0913 - what a backward reads
     tensors = (grad_out, q, k, v, out)
     if backend is Backend.CPU_FLASH:
         dtype = ops.accumulation_dtype(q.dtype)
-        tensors = tuple(_with_features_last(x.to(dtype)) for x in tensors)
+        wide = [_with_features_last(x.to(dtype)) for x in tensors]
         grads = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(  # noqa: SLF001
-            *tensors, lse, 0.0, is_causal, scale=scale
+            *wide, lse, 0.0, is_causal, scale=scale
         )
     elif backend is Backend.CUDNN:
         lse = lse.contiguous()

@@ -41,7 +41,7 @@ DENSE: dict[str, Attend] = {
 def by_bmm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     weights = torch.bmm(q * D**-0.5, k.mT).softmax(-1)
-    return torch.bmm(weights, v).unflatten(0, (B, H))
+    return torch.bmm(weights, v).view(B, H, S, E)
 
 
 def by_baddbmm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def by_baddbmm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = torch.baddbmm(bias, q, k.mT, beta=0.5, alpha=D**-0.5)
     scores = scores.unflatten(0, (B, H)).masked_fill(ahead(), -math.inf)
     weights = scores.softmax(-1).flatten(0, 1)
-    return torch.bmm(weights, v).unflatten(0, (B, H))
+    return torch.bmm(weights, v).view(B, H, S, E)
 
 
 def in_groups(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

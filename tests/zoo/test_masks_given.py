@@ -52,36 +52,35 @@ MASKS = {"keys": left_padding, "pairs": by_pair}
 NUMBERS = {"min": LOWEST, "-1e9": -1e9}
 
 
+def run(
+    call: Attend, dtype: torch.dtype, given: tuple[Tensor, ...], mask: Tensor
+) -> list[Tensor]:
+    """Output and gradients by q, k and v; ``given`` ends in the output's gradient."""
+    *qkv, grad = given
+    q, k, v = (x.detach().to(dtype, copy=True).requires_grad_() for x in qkv)
+    out = call(q, k, v, mask.to(dtype))
+    grads = torch.autograd.grad(out, (q, k, v), grad.to(dtype))
+    return [out.detach(), *grads]
+
+
 def attend_on_rank(
     group: ProcessGroup, _rank: int, cases: list[tuple[str, ...]]
 ) -> None:
     for name, kind, size in cases:
         torch.manual_seed(0)
-        q, k, v, grad = (torch.randn(B, H, S, D) for _ in range(4))
+        given = tuple(torch.randn(B, H, S, D) for _ in range(4))
         mask = MASKS[kind](NUMBERS[size])
         attend = ATTENDS[name]
 
-        def run(
-            call: Attend,
-            dtype: torch.dtype,
-            qkv: tuple[Tensor, ...],
-            m: Tensor,
-            g: Tensor,
-        ) -> tuple[Tensor, ...]:
-            leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in qkv]
-            out = call(*leaves, m.to(dtype))
-            out.backward(g.to(dtype))
-            return out.detach(), *(x.grad for x in leaves)  # type: ignore[misc]
-
         call, record = compile_ring(attend, group, compiler="aot_eager")
-        got = run(call, torch.float32, (q, k, v), mask, grad)
+        got = run(call, torch.float32, given, mask)
         # The fused CPU kernel loses the number of keys behind finfo.min in backward.
         with sdpa_kernel(SDPBackend.MATH):
-            want = run(attend, torch.float64, (q, k, v), mask, grad)
-            eager32 = run(attend, torch.float32, (q, k, v), mask, grad)
+            want = run(attend, torch.float64, given, mask)
+            eager32 = run(attend, torch.float32, given, mask)
         assert record.rings, (name, kind, size, record.refused)
         for n, (x, y, z) in enumerate(zip(got, want, eager32, strict=True)):
-            error, own = (x - y).abs().max(), (z - y).abs().max()
+            error, own = (float((a - y).abs().max()) for a in (x, z))
             assert error <= max(2e-6, 3 * own), (name, kind, size, n, error, own)
         torch._dynamo.reset()
 
