@@ -72,7 +72,7 @@ def check_lengths(q_length: Size, k_length: Size, v_length: Size) -> None:
             because="each key has one value",
             instead="give K and V one length",
         )
-    if not sizes_equal(q_length, k_length) and 1 in (q_length, k_length):
+    if 1 in (q_length, k_length):
         raise Refused(
             f"attention of {q_length} queries over {k_length} keys",
             because="a sequence of one token can't be cut over ranks",
