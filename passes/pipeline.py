@@ -41,7 +41,7 @@ from ringcompile.passes.read_added import is_cut
 from ringcompile.passes.regions import Refusal, Region
 from ringcompile.passes.rewrite import Gathered, Sharding, rewrite
 from ringcompile.passes.scorers import insert_scorers
-from ringcompile.passes.shadow import find_opaque, trace_shadow, where
+from ringcompile.passes.shadow import find_baked, find_opaque, trace_shadow, where
 from ringcompile.passes.text import format_graph
 from ringcompile.patterns import AttentionSpec, Pattern
 from ringcompile.patterns.base import find_segment
@@ -136,6 +136,8 @@ def run_passes(
         return Rewritten(gm, notes=(_run_whole(opaque, options),))
     with without_saved_tensor_hooks():
         made = Rewritten(trace_shadow(gm, example_inputs))
+    if (baked := find_baked(made.gm)) is not None:
+        return Rewritten(gm, notes=(_run_whole(baked, options),))
     _note(made, "shadow")
     made.draws = any(_draws(node) for node in made.gm.graph.nodes)
     regions = _find_regions(made)

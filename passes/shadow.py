@@ -22,7 +22,12 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ringcompile.passes.composites import WRITTEN_OUT
 from ringcompile.passes.places import Move, find_place, innermost_module, move_modules
-from ringcompile.torch_private import AUTOCAST_CALLS, ENTER_AUTOCAST, fake_inputs
+from ringcompile.torch_private import (
+    AUTOCAST_CALLS,
+    ENTER_AUTOCAST,
+    fake_inputs,
+    is_fake,
+)
 
 # Higher-order op -> how many leading arguments are not operands of its body.
 _INLINED = {
@@ -80,6 +85,14 @@ def find_opaque(gm: GraphModule) -> Node | None:
             return node  # type: ignore[no-any-return]
         if (found := find_opaque(inner)) is not None:
             return found
+    return None
+
+
+def find_baked(shadow: GraphModule) -> Node | None:
+    """The first constant that is a fake tensor: what made it left no trace."""
+    for node in shadow.graph.find_nodes(op="get_attr"):
+        if is_fake(getattr(shadow, str(node.target), None)):
+            return node  # type: ignore[no-any-return]
     return None
 
 

@@ -43,6 +43,11 @@ WAIT_TENSOR = torch.ops._c10d_functional.wait_tensor.default  # noqa: SLF001
 # ---- tracing -------------------------------------------------------------------------
 
 
+def is_fake(value: object) -> bool:
+    """Whether a tensor has a shape and no numbers."""
+    return isinstance(value, FakeTensor)
+
+
 def fake_inputs(
     gm: GraphModule, example_inputs: Sequence[object]
 ) -> tuple[FakeTensorMode, list[object]]:
