@@ -84,7 +84,7 @@ def check_row(ranks: RankPool, spelling: Spelling, cp_size: int) -> None:
             assert len(record.rings) == spelling.num_regions
 
 
-@pytest.mark.parametrize("spelling", ALL[::3], ids=str)
+@pytest.mark.parametrize("spelling", ALL[::6], ids=str)
 def test_a_spelling_equals_eager(ranks: RankPool, spelling: Spelling) -> None:
     check_row(ranks, spelling, 2)
 
