@@ -109,12 +109,17 @@ def without_codegen() -> Iterator[list[Rewritten]]:
         return found[-1]
 
     compile_graph = partial(compile_with_inductor, inner_compile=_run_eagerly)
-    logging.getLogger("ringcompile").setLevel(logging.ERROR)
-    with (
-        mock.patch.object(backend, "compile_with_inductor", compile_graph),
-        mock.patch.object(backend, "run_passes", keep),
-    ):
-        yield found
+    logger = logging.getLogger("ringcompile")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with (
+            mock.patch.object(backend, "compile_with_inductor", compile_graph),
+            mock.patch.object(backend, "run_passes", keep),
+        ):
+            yield found
+    finally:  # the process of a rank outlives the test
+        logger.setLevel(level)
 
 
 def count_rings(found: Sequence[Rewritten]) -> int:

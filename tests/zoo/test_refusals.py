@@ -35,26 +35,11 @@ def _attend(x: Tensor) -> Tensor:
     return out.transpose(1, 2).flatten(2)
 
 
-def dense_bias(x: Tensor, bias: Tensor) -> Tensor:
-    q = _heads(_attend(x))
-    return F.scaled_dot_product_attention(q, q, q, attn_mask=bias)  # refused
-
-
-def dropout_of_tokens(x: Tensor, bias: Tensor) -> Tensor:
-    return F.dropout(_attend(x), 0.5, training=True) * 2  # refused
-
-
 def weights_returned(x: Tensor, bias: Tensor) -> Tensor:
     q = _heads(_attend(x))
     weights = (q @ q.transpose(2, 3)).softmax(-1)
     out = weights @ q  # refused
     return out + weights.amax(-1, keepdim=True)
-
-
-def softcap(x: Tensor, bias: Tensor) -> Tensor:
-    q = _heads(_attend(x))
-    scores = 5 * torch.tanh(q @ q.transpose(2, 3) / 5)
-    return scores.softmax(-1) @ q  # refused
 
 
 def mask_from_activations(x: Tensor, bias: Tensor) -> Tensor:
@@ -77,10 +62,6 @@ def reversal(x: Tensor, bias: Tensor) -> Tensor:
     return _attend(x).flip(1) * 2  # refused
 
 
-def shift(x: Tensor, bias: Tensor) -> Tensor:
-    return _attend(x)[:, 1:] * 2  # refused
-
-
 def fourier(x: Tensor, bias: Tensor) -> Tensor:
     spectrum: Tensor = torch.fft.fft(_attend(x), dim=1)  # refused
     return spectrum.real
@@ -96,15 +77,11 @@ def largest_tokens(x: Tensor, bias: Tensor) -> Tensor:
 
 
 CASES = [
-    dense_bias,
-    dropout_of_tokens,
     weights_returned,
-    softcap,
     mask_from_activations,
     cumulative_sum,
     convolution,
     reversal,
-    shift,
     fourier,
     single_key,
     largest_tokens,
