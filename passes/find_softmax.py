@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 
 from ringcompile.ir.mask import EmptyRow
 from ringcompile.passes.coordinates import read_index_map
-from ringcompile.passes.op import Op, is_tensor, read_op, shape_of
+from ringcompile.passes.op import Op, is_float, is_tensor, read_op, shape_of
 from ringcompile.passes.operands import carries_sequence
 from ringcompile.passes.value_rules import RULES
 from ringcompile.torch_private import sizes_equal
@@ -38,12 +38,14 @@ class Softmax:
         scores: what it is taken of.
         dim: the dim it is taken over.
         infinite: what a row of -inf alone gives; None: it is left to chance.
+        inside: the nodes that it is spelled by, if by several.
     """
 
     weights: Node
     scores: Node
     dim: int
     infinite: EmptyRow | None = EmptyRow.NAN
+    inside: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,8 @@ def _read_exp_over_sum(op: Op) -> Softmax | None:
         return None
     if total.slots[0] is not exp.node or not total.args.get("keepdim"):
         return None
+    if op.args.get("rounding_mode") is not None or not is_float(total.node):
+        return None
     dim = _only_dim(total)
     x = exp.slots[0]
     shift = read_op(x)
@@ -113,7 +117,8 @@ def _read_exp_over_sum(op: Op) -> Softmax | None:
         return None
     if shift is not None and shift.packet is aten.sub and is_own_max(shift, dim):
         x = shift.slots[0]
-    return Softmax(op.node, x, dim, infinite=None)
+    inside = (op.node, *op.slots, exp.slots[0])
+    return Softmax(op.node, x, dim, infinite=None, inside=inside)
 
 
 def _read_exp_of_log(op: Op) -> Softmax | None:
@@ -137,7 +142,8 @@ def _read_exp_of_difference(op: Op, difference: Op) -> Softmax | None:
     dim = _only_dim(total)
     if dim is None:
         return None
-    return Softmax(op.node, difference.slots[0], dim, infinite=None)
+    inside = (op.node, *op.slots, *difference.slots)
+    return Softmax(op.node, difference.slots[0], dim, infinite=None, inside=inside)
 
 
 def _read_both(op: Op) -> tuple[Op | None, Op | None]:
@@ -200,7 +206,8 @@ def _find_product_above(
         return (node,)
     if not may_lead_on(op):
         return None
-    for slot in op.slots:
+    # What only lends its shape or dtype, as in `view_as`, holds no scores.
+    for slot in op.slots[:1] if moves_elements(op) else op.slots:
         way = _find_product(slot, known)
         if way is not None:
             return (*way, node)
@@ -243,7 +250,7 @@ def _follow_weights(
             op = read_op(user)
             if op is not None and op.packet in _PRODUCTS:
                 outputs.append(user)
-            elif op is not None and moves_elements(op):
+            elif op is not None and moves_elements(op) and op.slots[0] is node:
                 way_out.append(user)
                 work.append(user)
             elif user.op == "output" or is_tensor(user):

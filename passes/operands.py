@@ -36,7 +36,7 @@ from ringcompile.torch_private import size_expression, sizes_equal
 aten = torch.ops.aten
 
 CASTS = {aten.to, aten._to_copy, aten.type_as}  # noqa: SLF001
-_NOT_FOLLOWED = {aten.detach, aten.detach_}  # detach stops the gradient
+NOT_FOLLOWED = {aten.detach, aten.detach_}  # detach stops the gradient
 _MAKE_FEATURES = {aten.linear, aten.addmm, aten.mm, aten.embedding}
 _PRODUCTS = {aten.matmul, aten.bmm, aten.baddbmm}
 _SPLITS = {aten.split, aten.chunk, aten.split_with_sizes, aten.tensor_split}
@@ -219,7 +219,7 @@ def _follow_views(
     while True:
         yield node, index
         op = read_op(node)
-        if op is None or op.packet in _NOT_FOLLOWED or reader.is_mutated(node):
+        if op is None or op.packet in NOT_FOLLOWED or reader.is_mutated(node):
             return
         if read_index_map(op) is None and not _is_widened(op):
             return

@@ -27,7 +27,7 @@ from ringcompile.passes.coordinates import (
     read_index_map,
 )
 from ringcompile.passes.op import Op, is_float, is_tensor, read_op, shape_of
-from ringcompile.passes.operands import CASTS
+from ringcompile.passes.operands import CASTS, NOT_FOLLOWED
 from ringcompile.passes.read_score import BiasTerm, Score, check_drops, round_to
 from ringcompile.passes.read_values import Reader
 from ringcompile.passes.regions import BiasOperand
@@ -112,6 +112,8 @@ class _Added:
     def _take_apart(self, node: Node, index: Sequence[Expr], factor: float) -> None:
         op = read_op(node)
         if op is None or self.reader.is_mutated(node) or factor != 1:
+            return
+        if op.packet in NOT_FOLLOWED:
             return
         if op.packet is aten.add and len(op.slots) == 2 and op.args["alpha"] == 1:  # noqa: PLR2004
             for slot in op.slots:

@@ -56,6 +56,7 @@ class Score:
         dtype: dtype of the tensor that was masked last.
         cap: factor of the tanh of the scaled product; None if no tanh was taken.
         biases: what was added.
+        shifted: whether each query's largest score was taken off.
         sinks: the node of ``(H,)`` scores of one more key, whose value is 0.
     """
 
@@ -66,16 +67,19 @@ class Score:
     cap: float | None = None
     biases: tuple[BiasTerm, ...] = ()
     sinks: Node | None = None
+    shifted: bool = False
 
     @property
     def is_plain(self) -> bool:
         """Whether scores are scaled products, and nothing else yet."""
-        is_changed = self.cap is not None or self.biases or self.sinks is not None
-        return not is_changed and self.keeps == TRUE
+        is_changed = self.cap is not None or self.biases or self.shifted
+        return not is_changed and self.sinks is None and self.keeps == TRUE
 
     def multiply(self, factor: float, dtype: torch.dtype) -> "Score":
         """Every score times ``factor``, in ``dtype``."""
         self._check_no_sink()
+        if factor == 0 or not math.isfinite(factor):
+            raise Unreadable(f"scores are multiplied with {factor}")
         numbers = {d: round_to(d.number * factor, dtype) for d in self.drops}
         for number in numbers.values():
             check_drops(number, dtype)
@@ -93,6 +97,8 @@ class Score:
 
     def at_least(self, number: float) -> "Score":
         """Every score, but none below ``number``, which is as low as a dropped one."""
+        if self.biases or self.shifted:
+            raise Unreadable("the greatest is taken of biased or shifted scores")
         check_drops(number, self.dtype)
         raised = {replace(d, number=max(d.number, number)) for d in self.drops}
         return replace(self, drops=frozenset(raised))
@@ -112,16 +118,25 @@ class Score:
         for old in self.drops:
             drops |= {Drop(round_to(old.number + n, dtype), False) for n in dropped}
         keeps = conjunction(self.keeps, kept)
-        return replace(self, keeps=keeps, drops=frozenset(drops), dtype=dtype)
+        changed = replace(self, keeps=keeps, drops=frozenset(drops), dtype=dtype)
+        return changed.refuse_shift()
 
     def bias(self, term: BiasTerm) -> "Score":
         """A float tensor added."""
         self._check_no_sink()
+        if self.dtype is torch.float16 and self.drops:
+            raise Unreadable("float16 scores are biased once keys are dropped")
         return replace(self, biases=(*self.biases, term))
+
+    def shift(self) -> "Score":
+        """Each query's largest score taken off all of its scores."""
+        return replace(self, shifted=True)
 
     def sink(self, node: Node) -> "Score":
         """One more key for each head."""
         self._check_no_sink()
+        if self.shifted:
+            raise Unreadable("a sink stands beside scores that were shifted")
         return replace(self, sinks=node)
 
     def fill(self, where: Boolean, number: float, dtype: torch.dtype) -> "Score":
@@ -131,7 +146,14 @@ class Score:
         check_drops(number, dtype)
         drops = self.drops | {Drop(number, replaces=True)}
         keeps = conjunction(self.keeps, negate(where))
-        return replace(self, keeps=keeps, drops=drops, dtype=dtype)
+        changed = replace(self, keeps=keeps, drops=drops, dtype=dtype)
+        return changed.refuse_shift()
+
+    def refuse_shift(self) -> "Score":
+        """Finite numbers that drop keys mean another thing behind a shift."""
+        if self.shifted and any(d.number != -math.inf for d in self.drops):
+            raise Unreadable("scores are masked once their largest was taken off")
+        return self
 
     def _check_no_sink(self) -> None:
         """Behind a sink, what changes scores would change it too."""

@@ -17,6 +17,7 @@ from ringcompile.passes.coordinates import (
     read_index_map,
 )
 from ringcompile.passes.op import Op, read_op, shape_of
+from ringcompile.passes.operands import NOT_FOLLOWED
 from ringcompile.passes.read_score import Score
 from ringcompile.passes.symbolic import Unreadable
 from ringcompile.torch_private import sizes_equal
@@ -53,7 +54,7 @@ def _find_sinks(node: Node, index: Sequence[Expr], grid: Grid) -> Node:
     wanted = [sympy.S.Zero if sizes_equal(grid.heads, 1) else HEAD]
     while not is_view_of(node, index, (grid.heads,), wanted):
         op = read_op(node)
-        if op is None or read_index_map(op) is None:
+        if op is None or op.packet in NOT_FOLLOWED or read_index_map(op) is None:
             raise Unreadable(f"{node.name} is a sink that isn't one number per head")
         node, index = op.slots[0], climb(op, op.slots[0], index, grid)
     return node

@@ -14,7 +14,7 @@ from ringcompile.ir.mask import negate
 from ringcompile.passes.coordinates import COLUMN, ROW, Grid, align, climb
 from ringcompile.passes.find_softmax import Spelled, is_own_max, moves_elements
 from ringcompile.passes.op import Op, read_op, shape_of
-from ringcompile.passes.operands import Rows, find_heads, find_operands
+from ringcompile.passes.operands import NOT_FOLLOWED, Rows, find_heads, find_operands
 from ringcompile.passes.parts import Parts, Refused, check_dropout, check_lengths
 from ringcompile.passes.read_added import add_tensor, read_fill
 from ringcompile.passes.read_score import Score
@@ -66,6 +66,7 @@ def read_spelled(reader: Reader, spelled: Spelled) -> Parts:
         Unreadable: for a mask that isn't a function of positions.
     """
     _check_weights(spelled)
+    _check_way(reader, spelled)
     output = spelled.outputs[0]
     dropout = _read_dropout(spelled)
     result = _read_result(spelled, output)
@@ -271,6 +272,23 @@ def _check_weights(spelled: Spelled) -> None:
         )
 
 
+def _check_way(reader: Reader, spelled: Spelled) -> None:
+    """Refuse what stops gradients or writes to scores on the way to V."""
+    way = (*spelled.way_down, *spelled.softmax.inside, *spelled.way_out)
+    stopped = [n.name for n in way if reader.is_mutated(n) or _keeps_gradient(n)]
+    if stopped:
+        raise Refused(
+            f"attention whose scores or weights go through {', '.join(stopped)}",
+            because="they are changed in place, or keep gradients back",
+            instead="compute scores without in-place ops and detach",
+        )
+
+
+def _keeps_gradient(node: Node) -> bool:
+    op = read_op(node)
+    return op is not None and op.packet in NOT_FOLLOWED
+
+
 def _read_dropout(spelled: Spelled) -> float:
     """The share of weights that are dropped between softmax and product."""
     ops = [op for node in spelled.way_out if (op := read_op(node)) is not None]
@@ -310,7 +328,8 @@ def _read_step(step: Step, score: Score) -> Score:
     op = step.op
     if op.packet in _STEPS:
         return _STEPS[op.packet](step, score)
-    if op.packet is not aten.dropout and moves_elements(op):
+    is_first = bool(op.slots) and op.slots[0] is step.below
+    if op.packet is not aten.dropout and is_first and moves_elements(op):
         return score.cast(step.dtype)
     raise Refused(
         f"attention whose scores go through {op.node.target}",
@@ -368,7 +387,7 @@ def _subtract(step: Step, score: Score) -> Score:
     if op.args["self"] is not step.below:
         raise Unreadable(f"{op.node.name} subtracts scores")
     if is_own_max(op, list(step.index).index(COLUMN)):
-        return score
+        return score.shift()
     others = [n for n in op.slots if n is not step.below]
     alpha = float(read_scalar(op.args.get("alpha", 1)))
     if len(others) != 1:
