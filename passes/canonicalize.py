@@ -6,12 +6,11 @@ Invariant: the graph computes what it did, on the same memory or fresher.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
-from ringcompile.passes.memory import find_base, find_written, writes_memory
-from ringcompile.passes.op import Op, is_tensor, read_op, schema_of, shape_of
+from ringcompile.passes.functional import call_like, find_functional
+from ringcompile.passes.memory import find_base, writes_memory
+from ringcompile.passes.op import Op, read_op, shape_of
 from ringcompile.passes.view_writes import write_through_views
 from ringcompile.torch_private import sizes_equal
 
@@ -36,35 +35,11 @@ def _make_functional(graph: Graph) -> int:
     place = {node: i for i, node in enumerate(graph.nodes)}
     edits = 0
     for node in list(graph.nodes):
-        functional = _find_functional(node)
-        if functional is None or not _is_unseen(node, place):
-            continue
-        if _gives_the_same(node, functional):
+        functional = find_functional(node)
+        if functional is not None and _is_unseen(node, place):
             node.target = functional
             edits += 1
     return edits
-
-
-def _find_functional(node: Node) -> OpOverload | None:
-    """The op that returns what this in-place op writes."""
-    target = node.target
-    if not isinstance(target, OpOverload) or not writes_memory(node):
-        return None
-    namespace, _, name = schema_of(target).name.partition("::")
-    if not name.endswith("_") or find_written(node) != [node.args[0]]:
-        return None
-    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
-    overload = target.name().partition(".")[2] or "default"
-    functional = getattr(packet, overload, None)
-    if not isinstance(functional, OpOverload):
-        return None
-    is_random = torch.Tag.nondeterministic_seeded in target.tags
-    same = _argument_names(target) == _argument_names(functional)
-    return functional if same and not is_random else None
-
-
-def _argument_names(op: OpOverload) -> list[str]:
-    return [argument.name for argument in schema_of(op).arguments]
 
 
 def _is_unseen(node: Node, place: dict[Node, int]) -> bool:
@@ -75,21 +50,6 @@ def _is_unseen(node: Node, place: dict[Node, int]) -> bool:
     now = place[node]
     older = [n for n in place if place[n] < now and find_base(n) is base]
     return all(place[user] <= now for n in older for user in n.users)
-
-
-def _gives_the_same(node: Node, functional: OpOverload) -> bool:
-    """Whether shape and dtype stay, which an in-place op forces upon its result."""
-    op, before = read_op(node), node.meta["val"]
-    assert op is not None, "an in-place op is an op"
-    args = op.with_slots([n.meta["val"] for n in op.slots])
-    if any(isinstance(v, Node) for v in args.values()):
-        return False
-    result = functional(**args)
-    return (
-        isinstance(result, Tensor)
-        and result.dtype == before.dtype
-        and result.shape == before.shape
-    )
 
 
 # ---- einsum --------------------------------------------------------------------------
@@ -121,7 +81,7 @@ def _spell_einsums(graph: Graph) -> int:
         with graph.inserting_before(node):
             left = _permute(op.slots[0], product.left, like=node)
             right = _permute(op.slots[1], product.right, like=node)
-            matmul = _call(aten.matmul.default, (left, right), like=node)
+            matmul = call_like(node, aten.matmul.default, left, right)
             result = _permute(matmul, product.result, like=node)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
@@ -167,14 +127,4 @@ def _broadcasts(op: Op, first: str, second: str) -> bool:
 def _permute(node: Node, dims: list[int], *, like: Node) -> Node:
     if dims == sorted(dims):
         return node
-    return _call(aten.permute.default, (node, dims), like=like)
-
-
-def _call(target: OpOverload, args: tuple[object, ...], *, like: Node) -> Node:
-    """A new call with the meta of the node that it is for."""
-    node = like.graph.call_function(target, args)  # type: ignore[arg-type]
-    node.meta.update(like.meta)
-    values = [a.meta["val"] if isinstance(a, Node) else a for a in args]
-    node.meta["val"] = target(*values)
-    assert is_tensor(node), f"{target} gives one tensor"
-    return node
+    return call_like(like, aten.permute.default, node, dims)

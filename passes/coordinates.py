@@ -59,34 +59,30 @@ class Grid:
         if len(groups) < len(rest):
             raise Unreadable(f"heads in dims of sizes {rest}")
         heads = prod(groups)
-        return cls(
-            batch, heads, (_at(BATCH, batch), *map_reshape_of_heads(heads, groups))
-        )
+        return cls(batch, heads, (_at(BATCH, batch), *_index_groups(heads, groups)))
 
     def settle(self, e: Expr) -> Expr:
         """``e`` in normal form, its head index known to be below H."""
         if not isinstance(self.heads, int):
             return canonical_sum(e)
-        return settle(canonical_sum(e), self.heads)
+        return _settle(canonical_sum(e), self.heads)
 
     def full(self, node: Node) -> list[Expr]:
-        """The index of a tensor that has the leading dims and ends in two others."""
-        lead = shape_of(node)[:-_MATRIX]
-        own = self.lead[len(self.lead) - len(lead) :]
-        return [_at(e, size) for e, size in zip(own, lead, strict=True)]
+        """The index into the leading dims of a tensor that ends in two others."""
+        return align(shape_of(node)[:-_MATRIX], self.lead)
 
 
 def _at(e: Expr, size: Size) -> Expr:
     return sympy.S.Zero if sizes_equal(size, 1) else e
 
 
-def map_reshape_of_heads(heads: int, groups: Sequence[int]) -> list[Expr]:
+def _index_groups(heads: int, groups: Sequence[int]) -> list[Expr]:
     """Index into each of the dims that heads are spelled in."""
-    (*index,) = map_reshape([1, *groups], [1, heads])[1:]
+    index = map_reshape([1, *groups], [1, heads])[1:]
     return [_at(e, size) for e, size in zip(index, groups, strict=True)]
 
 
-def settle(e: Expr, heads: int) -> Expr:
+def _settle(e: Expr, heads: int) -> Expr:
     """Decide the floors and remainders of ``HEAD`` alone, which is below ``heads``."""
     known: dict[Expr, Expr] = {}
     for term in e.atoms(sympy.floor, sympy.Mod):
@@ -133,15 +129,14 @@ def climb(op: Op, slot: Node, index: Sequence[Expr], grid: Grid) -> list[Expr]:
     """
     step = read_index_map(op)
     if step is None:
-        return align(slot, index)
+        return align(shape_of(slot), index)
     here = {index_symbol(d): e for d, e in enumerate(index)}
     above = [grid.settle(e.xreplace(here)) for e in step]
     return [_at(e, size) for e, size in zip(above, shape_of(slot), strict=True)]
 
 
-def align(node: Node, index: Sequence[Expr]) -> list[Expr]:
-    """The index into a node that broadcasts to the shape that ``index`` is of."""
-    shape = shape_of(node)
+def align(shape: Sequence[Size], index: Sequence[Expr]) -> list[Expr]:
+    """The index into a shape that broadcasts to the one that ``index`` is of."""
     own = index[len(index) - len(shape) :]
     return [_at(e, size) for e, size in zip(own, shape, strict=True)]
 

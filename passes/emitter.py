@@ -214,15 +214,11 @@ class Emitter:
             sizes = [self.expression(shard.outer), -1, self.expression(shard.inner)]
             rows = self.call(aten.reshape.default, rows, [1, -1, 1])
             rows = self.call(aten.expand.default, rows, sizes)
-        shape = [1] * rank
-        shape[shard.dim] = -1
-        return self.call(aten.reshape.default, rows, shape)
+        return _broadcast_rows(self, rows, shard, rank)
 
     def positions_along(self, shard: Shard, rank: int) -> Node:
         """Positions of rows, to be broadcast against a value of that rank."""
-        shape = [1] * rank
-        shape[shard.dim] = -1
-        return self.call(aten.reshape.default, self.positions(shard), shape)
+        return _broadcast_rows(self, self.positions(shard), shard, rank)
 
     def indices(self, node: Node, dim: int, shard: Shard) -> Node:
         """Global indices along a dim of a sharded value, to be broadcast against it."""
@@ -298,10 +294,7 @@ class Emitter:
 
     def mask_pads(self, x: Node, shard: Shard, *, rank: int) -> Node:
         """``x`` with the rows of pads set to 0."""
-        if not self._axes[shard.axis].padded:
-            return x
-        real = self.call(aten.ge.Scalar, self.positions(shard), 0)
-        return self.where_rows(real, x, shard, rank=rank)
+        return self.fill_pads(x, shard, 0, rank=rank)
 
     # ---- placements ------------------------------------------------------------------
 
@@ -419,6 +412,13 @@ class Emitter:
     def scale_grad(self, x: Node, factor: float) -> Node:
         """The identity; its gradient is multiplied by ``factor``."""
         return x if factor == 1.0 else self.call(SCALE_GRAD, x, factor)
+
+
+def _broadcast_rows(emitter: Emitter, rows: Node, shard: Shard, rank: int) -> Node:
+    """A tensor ``(n,)`` laid along the cut dim of a value of that rank."""
+    shape = [1] * rank
+    shape[shard.dim] = -1
+    return emitter.call(aten.reshape.default, rows, shape)
 
 
 def _find_grads(graph: Graph) -> dict[Node, bool]:

@@ -24,7 +24,12 @@ from ringcompile.passes.find_softmax import find_spelled
 from ringcompile.passes.op import Op, read_op, shape_of
 from ringcompile.passes.operands import Rows, find_heads, find_operands
 from ringcompile.passes.parts import Parts, Refused, check_dropout, check_lengths
-from ringcompile.passes.read_added import add_tensor, find_bias, is_given
+from ringcompile.passes.read_added import (
+    add_tensor,
+    find_bias,
+    may_hide,
+    read_condition,
+)
 from ringcompile.passes.read_mask import MaskReader
 from ringcompile.passes.read_score import Score
 from ringcompile.passes.read_spelled import read_spelled
@@ -32,7 +37,7 @@ from ringcompile.passes.read_values import Reader
 from ringcompile.passes.regions import BiasOperand, Refusal, Region
 from ringcompile.passes.sequences import mark_cross
 from ringcompile.passes.shadow import where
-from ringcompile.passes.symbolic import Size, Unreadable, read_truth
+from ringcompile.passes.symbolic import Size, Unreadable
 from ringcompile.passes.value_scalars import read_scalar
 
 aten = torch.ops.aten
@@ -120,10 +125,10 @@ def _build_region(masks: MaskReader, parts: Parts) -> Region:
 
 def _check_biases(biases: Sequence[BiasOperand], score: Score) -> None:
     """Where all keys that a query sees have a bias of finfo.min, dropped ones count."""
-    given = [bias.node.name for bias in biases if is_given(bias.node)]
-    if given and any(drop.number != -math.inf for drop in score.drops):
+    hiding = [bias.node.name for bias in biases if may_hide(bias.node)]
+    if hiding and any(drop.number != -math.inf for drop in score.drops):
         raise Refused(
-            f"attention with the float mask {given[0]} and keys dropped by finfo.min",
+            f"attention with the float mask {hiding[0]} and keys dropped by finfo.min",
             because="a query whose keys the mask hides would then see the dropped ones",
             instead="a bool mask, or -inf for the keys that are dropped",
         )
@@ -182,7 +187,7 @@ def _read_sdpa(reader: Reader, op: Op) -> Parts:
 def _read_lead(op: Op, node: Node, grid: Grid) -> list[Expr]:
     """The index into an operand's leading dims; ``enable_gqa`` repeats its heads."""
     lead = shape_of(node)[:-2]
-    index = align(node, [*grid.full(op.node), ROW, COLUMN])[: len(lead)]
+    index = align(shape_of(node), [*grid.full(op.node), ROW, COLUMN])[: len(lead)]
     if not op.args["enable_gqa"] or len(lead) != 2:  # noqa: PLR2004 - (B, G)
         return index
     shared = _count_shared(lead[1], grid.heads)
@@ -215,5 +220,5 @@ def _read_sdpa_score(reader: Reader, op: Op, place: _Place) -> Score:
         return score
     if mask.meta["val"].dtype is not torch.bool:
         return add_tensor(reader, mask, place, score)
-    dropped = negate(read_truth(reader.read(mask).at(align(mask, place.index))))
+    dropped = negate(read_condition(reader, mask, place.index))
     return score.fill(dropped, -math.inf, place.dtype)

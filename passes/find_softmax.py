@@ -14,14 +14,13 @@ from torch.fx import Graph, Node
 from ringcompile.ir.mask import EmptyRow
 from ringcompile.passes.coordinates import read_index_map
 from ringcompile.passes.op import Op, is_float, is_tensor, read_op, shape_of
-from ringcompile.passes.operands import carries_sequence
+from ringcompile.passes.operands import CASTS, PRODUCTS, carries_sequence
 from ringcompile.passes.value_rules import RULES
 from ringcompile.torch_private import sizes_equal
 
 aten = torch.ops.aten
 
-_PRODUCTS = {aten.matmul, aten.bmm, aten.baddbmm, aten.einsum}
-_CASTS = {aten.to, aten._to_copy, aten.type_as}  # noqa: SLF001
+_PRODUCTS = {*PRODUCTS, aten.einsum}
 _SAFE = aten._safe_softmax  # noqa: SLF001
 _SOFTMAXES = {aten.softmax, aten._softmax, _SAFE}  # noqa: SLF001
 _LOG_SOFTMAXES = {aten.log_softmax, aten._log_softmax}  # noqa: SLF001
@@ -264,7 +263,7 @@ def moves_elements(op: Op) -> bool:
     """Whether an op gives its operand's elements, moved, up to dropout and casts."""
     if not is_tensor(op.node) or not op.node.meta["val"].is_floating_point():
         return False
-    return op.packet in (*_CASTS, aten.dropout) or read_index_map(op) is not None
+    return op.packet in (*CASTS, aten.dropout) or read_index_map(op) is not None
 
 
 def _leads_to_product(node: Node) -> bool:

@@ -20,6 +20,7 @@ from ringcompile.passes.coordinates import (
     NUM_DIMS,
     ROW,
     Grid,
+    align,
     climb,
     divide,
     is_view_of,
@@ -38,7 +39,7 @@ aten = torch.ops.aten
 CASTS = {aten.to, aten._to_copy, aten.type_as}  # noqa: SLF001
 NOT_FOLLOWED = {aten.detach, aten.detach_}  # detach stops the gradient
 _MAKE_FEATURES = {aten.linear, aten.addmm, aten.mm, aten.embedding}
-_PRODUCTS = {aten.matmul, aten.bmm, aten.baddbmm}
+PRODUCTS = {aten.matmul, aten.bmm, aten.baddbmm}
 _SPLITS = {aten.split, aten.chunk, aten.split_with_sizes, aten.tensor_split}
 
 
@@ -65,17 +66,9 @@ class Rows:
     @classmethod
     def of(cls, node: Node, lead: Sequence[Expr], *, transposed: bool) -> "Rows":
         """Of ``(..., S, D)``, or ``(..., D, S)`` if ``transposed``."""
-        *_, length, features = shape_of(node)
-        matrix = [
-            sympy.S.Zero if sizes_equal(size, 1) else e
-            for e, size in ((ROW, length), (COLUMN, features))
-        ]
-        if transposed:
-            length, features = features, length
-            matrix = [
-                sympy.S.Zero if sizes_equal(size, 1) else e
-                for e, size in ((COLUMN, features), (ROW, length))
-            ]
+        sizes, at = shape_of(node)[-2:], (ROW, COLUMN)
+        matrix = align(sizes, at[::-1] if transposed else at)
+        length, features = sizes[::-1] if transposed else sizes
         return cls(node, [*lead, *matrix], length, features)
 
 
@@ -182,10 +175,7 @@ def _match(
     if heads is None or head is None:
         return None
     sizes = (grid.batch, heads, *matrix)
-    wanted = [
-        sympy.S.Zero if sizes_equal(size, 1) else e
-        for e, size in zip((BATCH, head, *at), sizes, strict=True)
-    ]
+    wanted = align(sizes, (BATCH, head, *at))
     if len(shape) == NUM_DIMS and all(map(sizes_equal, shape, sizes)):
         return Operand(source, transposed) if list(index) == wanted else None
     if not is_view_of(source, index, sizes, wanted):
@@ -221,12 +211,12 @@ def _follow_views(
         op = read_op(node)
         if op is None or op.packet in NOT_FOLLOWED or reader.is_mutated(node):
             return
-        if read_index_map(op) is None and not _is_widened(op):
+        if read_index_map(op) is None and not is_widened(op):
             return
         node, index = op.slots[0], climb(op, op.slots[0], index, grid)
 
 
-def _is_widened(op: Op) -> bool:
+def is_widened(op: Op) -> bool:
     """Whether a cast gives the same numbers in a wider dtype, as scores have anyway."""
     if op.packet not in CASTS or not op.slots or not is_float(op.slots[0]):
         return False
@@ -307,7 +297,7 @@ def _find_above(place: _Place) -> bool | list[_Place]:
 def _above_op(op: Op, place: _Place) -> bool | list[_Place]:
     if op.packet in _MAKE_FEATURES:
         return not place.is_last
-    if op.packet in _PRODUCTS:
+    if op.packet in PRODUCTS:
         return [_above_product(op, place)]
     index = read_index_map(op)
     if index is not None:

@@ -12,6 +12,7 @@ import sympy
 import torch
 from sympy import Expr
 from sympy.logic.boolalg import Boolean
+from torch import Tensor
 from torch.fx import Node
 
 from ringcompile.ir.mask import negate
@@ -27,7 +28,7 @@ from ringcompile.passes.coordinates import (
     read_index_map,
 )
 from ringcompile.passes.op import Op, is_float, is_tensor, read_op, shape_of
-from ringcompile.passes.operands import CASTS, NOT_FOLLOWED
+from ringcompile.passes.operands import NOT_FOLLOWED, PRODUCTS, is_widened
 from ringcompile.passes.read_score import BiasTerm, Score, check_drops, round_to
 from ringcompile.passes.read_values import Reader
 from ringcompile.passes.regions import BiasOperand
@@ -66,7 +67,7 @@ def add_tensor(
 ) -> Score:
     """Scores with ``factor`` times a tensor added."""
     added = _Added(reader, place)
-    added.take(node, align(node, place.index), factor)
+    added.take(node, align(shape_of(node), place.index), factor)
     for mask in added.masks:
         score = score.add(mask, place.dtype)
     for bias in added.biases:
@@ -92,6 +93,8 @@ class _Added:
             # Raise what keeps it from being read.
             self.reader.read(node)
             raise Unreadable(f"{node.name} is added to scores, and isn't float")
+        if self.reader.is_mutated(node):
+            raise Unreadable(f"{node.name} is changed in place")
         parts = _Added(self.reader, self.place)
         parts._take_apart(node, index, factor)
         if parts.masks:
@@ -111,16 +114,12 @@ class _Added:
 
     def _take_apart(self, node: Node, index: Sequence[Expr], factor: float) -> None:
         op = read_op(node)
-        if op is None or self.reader.is_mutated(node) or factor != 1:
-            return
-        if op.packet in NOT_FOLLOWED:
+        if op is None or op.packet in NOT_FOLLOWED or factor != 1:
             return
         if op.packet is aten.add and len(op.slots) == 2 and op.args["alpha"] == 1:  # noqa: PLR2004
             for slot in op.slots:
-                self.take(slot, align(slot, index), factor)
-        elif read_index_map(op) is not None or (
-            op.packet in CASTS and is_float(op.slots[0])
-        ):
+                self.take(slot, align(shape_of(slot), index), factor)
+        elif read_index_map(op) is not None or is_widened(op):
             slot = op.slots[0]
             self.take(slot, climb(op, slot, index, self.place.grid), factor)
         elif op.packet in (aten.where, aten.masked_fill):
@@ -135,7 +134,7 @@ class _Added:
             return
         cases = [Case(dropped, number), Case(negate(dropped), 0.0)]
         self.masks.append(merge_cases(cases))
-        self.take(kept, align(kept, index), 1.0)
+        self.take(kept, align(shape_of(kept), index), 1.0)
 
 
 def _read_filled(
@@ -145,22 +144,45 @@ def _read_filled(
     dtype = op.node.meta["val"].dtype
     if op.packet is aten.masked_fill:
         mask, number, kept = (op.args[name] for name in ("mask", "value", "self"))
-        dropped = _truth(reader, mask, index)
-        return dropped, round_to(read_fill(reader, number), dtype), kept
+        dropped = read_condition(reader, mask, index)
+        return dropped, round_to(read_number(reader, number, REPLACES), dtype), kept
     kept, number = op.args["self"], op.args["other"]
-    dropped = negate(_truth(reader, op.args["condition"], index))
+    dropped = negate(read_condition(reader, op.args["condition"], index))
     try:
-        return dropped, round_to(read_fill(reader, number), dtype), kept
+        return dropped, round_to(read_number(reader, number, REPLACES), dtype), kept
     except Unreadable:
-        return negate(dropped), round_to(read_fill(reader, kept), dtype), number
+        return (
+            negate(dropped),
+            round_to(read_number(reader, kept, REPLACES), dtype),
+            number,
+        )
 
 
-def _truth(reader: Reader, node: Node, index: Sequence[Expr]) -> Boolean:
-    return read_truth(reader.read(node).at(align(node, index)))
+def read_condition(reader: Reader, node: Node, index: Sequence[Expr]) -> Boolean:
+    """Where a mask holds, over ``i0 .. i3``.
+
+    Args:
+        reader: reads the graph.
+        node: the mask.
+        index: of the elements of what it broadcasts to.
+    """
+    return read_truth(reader.read(node).at(align(shape_of(node), index)))
 
 
-def read_fill(reader: Reader, argument: object) -> float:
-    """The one number that replaces scores."""
+REPLACES = "replaces scores"
+
+
+def read_number(reader: Reader, argument: object, does: str) -> float:
+    """The one number that an argument is everywhere.
+
+    Args:
+        reader: reads the graph.
+        argument: a number, or a tensor.
+        does: what it does to scores, for the error.
+
+    Raises:
+        Unreadable: it is a tensor of several numbers, or of unknown ones.
+    """
     if not holds_tensor(argument):
         return float(read_scalar(argument))
     assert isinstance(argument, Node), "a tensor of the graph is a node"
@@ -169,7 +191,7 @@ def read_fill(reader: Reader, argument: object) -> float:
         number = content[0].number
         if is_constant(number):
             return float(number)
-    raise Unreadable(f"{argument.name} replaces scores, and it isn't one number")
+    raise Unreadable(f"{argument.name} {does}, and it isn't one number")
 
 
 # ---- biases as operands --------------------------------------------------------------
@@ -198,20 +220,46 @@ def find_bias(term: BiasTerm, shape: tuple[Size, ...], grid: Grid) -> BiasOperan
         )
     # A row may see keys alone that a mask of finfo.min hides: that mask must be known
     # for each row, so that their number is not lost behind it.
-    by_row = used[3] and not used[2] and (not used[1] or is_given(term.node))
+    by_row = used[3] and not used[2] and (not used[1] or may_hide(term.node))
     shape = (*view[:2], shape[2], view[3]) if by_row else view
     return BiasOperand(term.node, view, shape, term.factor)
 
 
-def is_given(node: Node) -> bool:
-    """Whether a tensor follows from what the user passes in, without any parameter."""
+def may_hide(node: Node) -> bool:
+    """Whether a bias may hold numbers as low as ``finfo.min``, which hide a key.
+
+    It may if it follows from floats that are passed in, or from such a number; what a
+    layer or a table of weights gives is taken for moderate.
+    """
     work, seen = [node], {node}
     while work:
         n = work.pop()
+        if n.op == "placeholder":
+            if is_tensor(n) and is_float(n) and not n.meta.get("is_parameter"):
+                return True
+            continue
+        if n.op == "get_attr" and _is_huge(
+            getattr(n.graph.owning_module, str(n.target))
+        ):
+            return True
+        op = read_op(n)
+        if op is None or op.packet in _MODERATE:
+            continue
+        if any(map(_is_huge, op.args.values())):
+            return True
         work += [m for m in n.all_input_nodes if m not in seen]
         seen.update(n.all_input_nodes)
-    inputs = [n for n in seen if n.op == "placeholder" and is_tensor(n) and is_float(n)]
-    return bool(inputs) and not any(n.meta.get("is_parameter") for n in inputs)
+    return False
+
+
+def _is_huge(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.is_floating_point() and bool((value.abs() > _HUGE).any())
+    return isinstance(value, float) and abs(value) > _HUGE
+
+
+_HUGE = 1e30
+_MODERATE = {*PRODUCTS, aten.linear, aten.einsum, aten.embedding, aten.softmax}
 
 
 def is_cut(bias: BiasOperand) -> bool:

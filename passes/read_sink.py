@@ -1,6 +1,7 @@
 """Attention sinks: one more score per head, behind those of all keys, with no value."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import sympy
 import torch
@@ -16,37 +17,39 @@ from ringcompile.passes.coordinates import (
     is_view_of,
     read_index_map,
 )
-from ringcompile.passes.op import Op, read_op, shape_of
+from ringcompile.passes.op import read_op, shape_of
 from ringcompile.passes.operands import NOT_FOLLOWED
 from ringcompile.passes.read_score import Score
 from ringcompile.passes.symbolic import Unreadable
 from ringcompile.torch_private import sizes_equal
 
+if TYPE_CHECKING:
+    from ringcompile.passes.read_spelled import Step
+
 aten = torch.ops.aten
 
 
-def add_sink(
-    op: Op, below: Node, index: Sequence[Expr], score: Score, grid: Grid
-) -> Score:
+def add_sink(step: "Step", below: Node, score: Score) -> Score:
     """Read ``cat([scores, sinks], -1)``, whose last weight reaches no value.
 
     Args:
-        op: the cat.
+        step: the cat.
         below: the scores.
-        index: of the elements of its result.
         score: the scores, as read so far.
-        grid: batch and heads.
 
     Raises:
         Unreadable: what stands behind the scores isn't one number per head.
     """
+    op, index, grid = step.op, step.index, step.grid
     if len(op.slots) != 2 or op.slots[0] is not below:  # noqa: PLR2004 - scores and sinks
         raise Unreadable(f"{op.node.name} joins scores with others")
     sinks = op.slots[1]
     dim = op.args["dim"] % len(shape_of(op.node))
     if index[dim] != COLUMN or not sizes_equal(shape_of(sinks)[dim], 1):
         raise Unreadable(f"{op.node.name} adds more than one key")
-    return score.sink(_find_sinks(sinks, align(sinks, index), grid))
+    if step.reader.is_mutated(sinks):
+        raise Unreadable(f"{sinks.name} is changed in place")
+    return score.sink(_find_sinks(sinks, align(shape_of(sinks), index), grid))
 
 
 def _find_sinks(node: Node, index: Sequence[Expr], grid: Grid) -> Node:

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import torch
 from sympy import Expr
+from sympy.logic.boolalg import Boolean
 from torch import Tensor
 from torch._ops import OpOverloadPacket
 from torch.fx import Node
@@ -14,14 +15,25 @@ from ringcompile.ir.mask import negate
 from ringcompile.passes.coordinates import COLUMN, ROW, Grid, align, climb
 from ringcompile.passes.find_softmax import Spelled, is_own_max, moves_elements
 from ringcompile.passes.op import Op, read_op, shape_of
-from ringcompile.passes.operands import NOT_FOLLOWED, Rows, find_heads, find_operands
+from ringcompile.passes.operands import (
+    NOT_FOLLOWED,
+    PRODUCTS,
+    Rows,
+    find_heads,
+    find_operands,
+)
 from ringcompile.passes.parts import Parts, Refused, check_dropout, check_lengths
-from ringcompile.passes.read_added import add_tensor, read_fill
+from ringcompile.passes.read_added import (
+    REPLACES,
+    add_tensor,
+    read_condition,
+    read_number,
+)
 from ringcompile.passes.read_score import Score
 from ringcompile.passes.read_sink import add_sink
 from ringcompile.passes.read_values import Reader
-from ringcompile.passes.symbolic import Unreadable, Value, read_truth
-from ringcompile.passes.value_scalars import holds_tensor, is_constant, read_scalar
+from ringcompile.passes.symbolic import Unreadable
+from ringcompile.passes.value_scalars import holds_tensor, read_scalar
 from ringcompile.torch_private import sizes_equal
 
 aten = torch.ops.aten
@@ -52,10 +64,9 @@ class Step:
         assert isinstance(value, Tensor), "scores are a tensor"
         return value.dtype
 
-    def truth(self, name: str) -> object:
+    def truth(self, name: str) -> Boolean:
         """Where a bool operand holds, over ``i0 .. i3``."""
-        node = self.op.args[name]
-        return read_truth(self.reader.read(node).at(align(node, self.index)))
+        return read_condition(self.reader, self.op.args[name], self.index)
 
 
 def read_spelled(reader: Reader, spelled: Spelled) -> Parts:
@@ -142,23 +153,10 @@ def _read_result(spelled: Spelled, output: Node) -> _Result:
         )
     grid = _find_grid(spelled, output)
     matrix = [ROW, COLUMN] if on_left else [COLUMN, ROW]
-    index = align(weights, [*grid.full(output), *matrix])
-    rows = Rows.of(v, align_lead(v, grid, output), transposed=not on_left)
+    lead = grid.full(output)
+    index = align(shape_of(weights), [*lead, *matrix])
+    rows = Rows.of(v, align(shape_of(v)[:-2], lead), transposed=not on_left)
     return _Result(weights, index, rows, grid, transposed=not on_left)
-
-
-def align_lead(node: Node, grid: Grid, output: Node) -> list[Expr]:
-    """The index into the leading dims of an operand of a product."""
-    return align_to(grid.full(output), shape_of(node)[:-2])
-
-
-def align_to(index: Sequence[Expr], lead: Sequence[object]) -> list[Expr]:
-    """The index of leading dims that broadcast to those of ``index``."""
-    own = index[len(index) - len(lead) :]
-    return [
-        e * 0 if sizes_equal(size, 1) else e  # type: ignore[arg-type]
-        for e, size in zip(own, lead, strict=True)
-    ]
 
 
 def _find_grid(spelled: Spelled, output: Node) -> Grid:
@@ -227,7 +225,7 @@ def _check_keys(spelled: Spelled, score: Score, result: "_Result", q: Rows) -> N
 def _read_factors(product: Node, index: Sequence[Expr]) -> tuple[Rows, Rows]:
     """Q and K of a product of scores, either way round."""
     op = _op(product)
-    if op.packet not in _SCORE_PRODUCTS:
+    if op.packet not in PRODUCTS:
         raise Refused(
             f"attention spelled with {op.packet}",
             because="its scores can't be read as products of a Q and a K",
@@ -235,28 +233,20 @@ def _read_factors(product: Node, index: Sequence[Expr]) -> tuple[Rows, Rows]:
         )
     left, right = op.slots[-2:]
     *lead, row, column = index
-    leads = [align_to(lead, shape_of(x)[:-2]) for x in (left, right)]
+    leads = [align(shape_of(x)[:-2], lead) for x in (left, right)]
     if any(e.has(ROW, COLUMN) for e in lead):
         raise Unreadable("queries or keys run along a dim of the batch")
-    match row, column:
-        case first, second if (first, second) == (ROW, COLUMN):
-            return (
-                Rows.of(left, leads[0], transposed=False),
-                Rows.of(right, leads[1], transposed=True),
-            )
-        case first, second if (first, second) == (COLUMN, ROW):
-            return (
-                Rows.of(right, leads[1], transposed=True),
-                Rows.of(left, leads[0], transposed=False),
-            )
+    first = Rows.of(left, leads[0], transposed=False)
+    second = Rows.of(right, leads[1], transposed=True)
+    if (row, column) == (ROW, COLUMN):
+        return first, second
+    if (row, column) == (COLUMN, ROW):
+        return second, first
     raise Refused(
         f"attention whose scores {list(shape_of(product))} are shuffled before V",
         because=f"row {row} and column {column} of {product.name} are no query and key",
         instead="keep scores (batch, heads, queries, keys) up to the softmax",
     )
-
-
-_SCORE_PRODUCTS = {aten.matmul, aten.bmm, aten.baddbmm}
 
 
 # ---- uses of the weights -------------------------------------------------------------
@@ -357,18 +347,7 @@ def _read_factor(step: Step) -> float:
     ]
     if len(others) != 1:
         raise Unreadable(f"{op.node.name} multiplies scores with themselves")
-    if not holds_tensor(others[0]):
-        return float(read_scalar(others[0]))
-    what = f"scores are scaled by {others[0].name}"
-    return _only_number(step.reader.read(others[0]), what)
-
-
-def _only_number(value: Value, what: str) -> float:
-    if isinstance(value.content, tuple) and len(value.content) == 1:
-        number = value.content[0].number
-        if is_constant(number):
-            return float(number)
-    raise Unreadable(f"{what}, and it isn't one number")
+    return read_number(step.reader, others[0], "scales scores")
 
 
 def _add(step: Step, score: Score) -> Score:
@@ -400,14 +379,14 @@ def _where(step: Step, score: Score) -> Score:
     other = step.op.args["other"]
     if step.op.args["self"] is not step.below:
         keeps, other = negate(keeps), step.op.args["self"]
-    number = read_fill(step.reader, other)
+    number = read_number(step.reader, other, REPLACES)
     return score.fill(negate(keeps), number, step.dtype)
 
 
 def _masked_fill(step: Step, score: Score) -> Score:
     if step.op.args["self"] is not step.below:
         raise Unreadable(f"scores are the mask of {step.op.node.name}")
-    number = read_fill(step.reader, step.op.args["value"])
+    number = read_number(step.reader, step.op.args["value"], REPLACES)
     return score.fill(step.truth("mask"), number, step.dtype)
 
 
@@ -415,7 +394,7 @@ def _raise(step: Step, score: Score) -> Score:
     others = [n for n in step.op.slots if n is not step.below]
     if step.op.overload not in _GREATER or len(others) != 1:
         raise Unreadable(f"{step.op.node.name} takes the greatest of scores")
-    return score.at_least(read_fill(step.reader, others[0]))
+    return score.at_least(read_number(step.reader, others[0], REPLACES))
 
 
 _GREATER = (aten.max.other, aten.maximum.default)
@@ -426,7 +405,7 @@ def _tanh(_step: Step, score: Score) -> Score:
 
 
 def _sink(step: Step, score: Score) -> Score:
-    return add_sink(step.op, step.below, step.index, score, step.grid)
+    return add_sink(step, step.below, score)
 
 
 _STEPS: dict[OpOverloadPacket, Callable[[Step, Score], Score]] = {

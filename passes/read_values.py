@@ -118,7 +118,9 @@ class Reader:
             rule = elementwise
         if rule is None:
             raise Unreadable(f"{node.name}: what {node.target} makes isn't read")
-        return make_value(value.shape, value.dtype, rule(Call(op, self.read)))
+        return make_value(
+            value.shape, value.dtype, rule(Call(op, self.read, self.is_mutated))
+        )
 
     def _read_constant(self, node: Node) -> Value:
         constant = getattr(self._owner, str(node.target), None)

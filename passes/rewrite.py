@@ -163,8 +163,6 @@ class _Writer:
             return size if isinstance(size, Node) else emit.call(operator.index, size)
         if decision.gathered:
             self._note_gathers(node, decision.gathered)
-        if node.target is RING_ATTENTION:
-            self._note_bias_gathers(op, decision)
         operands = [
             emit.operand(n, wanted, by_shards=decision.is_sharded)
             for n, wanted in zip(op.slots, decision.operands, strict=True)
@@ -215,16 +213,20 @@ class _Writer:
         return self._emit.operand(node, None, by_shards=False)
 
     def _note_moves(self, op: Op, decision: Decision) -> None:
-        """A Q, K or V that was cut along another sequence is made whole on the way."""
-        for operand, wanted in zip(op.slots, decision.operands, strict=True):
-            if self._decisions[operand].placement not in (None, wanted):
-                because = "it is cut along another sequence than attention takes it for"
-                size = _bytes(operand)
-                self.gathered.append(
-                    Gathered(
-                        where(op.node), op.node.name, str(op.packet), size, because
-                    )
+        """An operand that lies otherwise than its attention reads it is made whole."""
+        slots = zip(op.slots, op.slot_names, decision.operands, strict=True)
+        for operand, name, wanted in slots:
+            if self._decisions[operand].placement in (None, wanted):
+                continue
+            because = "it is cut along another sequence than attention takes it for"
+            if name == "biases":
+                because = "a row of biases is read over all keys"
+            self.gathered.append(
+                Gathered(
+                    *(where(op.node), op.node.name, f"{op.packet} of {operand.name}"),
+                    *(_bytes(operand), because),
                 )
+            )
 
     def _note_gathers(self, user: Node, because: str) -> None:
         op = read_op(user)
@@ -234,18 +236,6 @@ class _Writer:
             for node in user.all_input_nodes
             if self._decisions[node].placement is not None
         ]
-
-    def _note_bias_gathers(self, op: Op, decision: Decision) -> None:
-        """A bias that lies otherwise than its attention reads it is made whole."""
-        for operand, wanted in zip(op.slots, decision.operands, strict=True):
-            have = self._decisions[operand].placement
-            if have is not None and have != wanted:
-                because = "a row of biases is read over all keys"
-                what = f"bias {operand.name}"
-                gathered = Gathered(
-                    where(op.node), op.node.name, what, _bytes(operand), because
-                )
-                self.gathered.append(gathered)
 
     def _write_output(self) -> None:
         old = self._old.output_node()

@@ -62,6 +62,8 @@ def _read_product(call: Call) -> Content | None:
     op = read_op(call.op.slots[0])
     if op is None or op.packet is not aten.mul or len(op.slots) != 2:  # noqa: PLR2004
         return None
+    if call.is_mutated(op.node):
+        return None
     ndim = len(call.shape)
     return conjunction(*(read_truth(call.read(x).broadcast(ndim)) for x in op.slots))
 

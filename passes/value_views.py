@@ -34,10 +34,12 @@ class Call:
     Attributes:
         op: the call with its arguments by name.
         read: reads the value of a tensor node.
+        is_mutated: whether a node's memory is written to; views alone need not know.
     """
 
     op: Op
     read: Callable[[Node], Value]
+    is_mutated: Callable[[Node], bool] = lambda _: False
 
     @property
     def shape(self) -> tuple[Size, ...]:

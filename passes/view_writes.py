@@ -5,15 +5,14 @@ view may be a value of its own, so the write is spelt as the ``h`` that is read 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
+from ringcompile.passes.functional import call_like, find_functional
 from ringcompile.passes.memory import find_base, find_written, writes_memory
-from ringcompile.passes.op import read_op, schema_of
+from ringcompile.passes.op import read_op
 
 aten = torch.ops.aten
 
@@ -92,33 +91,17 @@ def _write_value(write: _Write) -> Node | None:
     with graph.inserting_before(node):
         if target.overloadpacket in (aten.copy_, aten.fill_) and len(op.slots) > 1:
             source = op.slots[1]
-            cast = _call(aten.to.dtype, (source, value.dtype), like=node)
+            cast = call_like(node, aten.to.dtype, source, value.dtype)
             if any(isinstance(size, torch.SymInt) for size in value.shape):
-                return _call(aten.expand_as.default, (cast, view), like=node)
-            return _call(aten.expand.default, (cast, [*value.shape]), like=node)
+                return call_like(node, aten.expand_as.default, cast, view)
+            return call_like(node, aten.expand.default, cast, [*value.shape])
         if target.overloadpacket in (aten.fill_, aten.zero_):
             number = op.args.get("value", 0)
-            return _call(aten.full_like.default, (view, number), like=node)
-        return _write_functional(node, target)
-
-
-def _write_functional(node: Node, target: OpOverload) -> Node | None:
-    name = schema_of(target).name.removeprefix("aten::")
-    packet = getattr(aten, name.removesuffix("_"), None)
-    overload = target.name().partition(".")[2] or "default"
-    functional = getattr(packet, overload, None)
-    is_random = torch.Tag.nondeterministic_seeded in target.tags
-    if not name.endswith("_") or is_random or not isinstance(functional, OpOverload):
-        return None
-    names = [[a.name for a in schema_of(o).arguments] for o in (target, functional)]
-    if names[0] != names[1]:
-        return None
-    new = _call(functional, node.args, like=node, **node.kwargs)
-    before, after = node.args[0].meta["val"], new.meta["val"]  # type: ignore[union-attr]
-    if before.dtype != after.dtype or before.shape != after.shape:
-        node.graph.erase_node(new)
-        return None
-    return new
+            return call_like(node, aten.full_like.default, view, number)
+        functional = find_functional(node)
+        if functional is None:
+            return None
+        return call_like(node, functional, *node.args, **node.kwargs)
 
 
 def _replace(write: _Write, value: Node) -> None:
@@ -130,7 +113,7 @@ def _replace(write: _Write, value: Node) -> None:
         for view in reversed(write.views):
             whole = view.all_input_nodes[0]
             scatter = _SCATTERS[view.target]  # type: ignore[index]
-            part = _call(scatter, (whole, part, *view.args[1:]), like=node)
+            part = call_like(node, scatter, whole, part, *view.args[1:])
     node.replace_all_uses_with(value)
     earlier = _nodes_until(node)
     write.base.replace_all_uses_with(
@@ -146,18 +129,3 @@ def _nodes_until(last: Node) -> set[Node]:
         if node is last:
             break
     return found
-
-
-def _call(
-    target: OpOverload,
-    args: tuple[object, ...],
-    *,
-    like: Node,
-    **kwargs: object,
-) -> Node:
-    """A new call with the meta of the node that it is for."""
-    node = like.graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
-    node.meta.update(like.meta)
-    values: Any = map_arg((args, kwargs), lambda n: n.meta["val"])  # type: ignore[type-var]
-    node.meta["val"] = target(*values[0], **values[1])
-    return node

@@ -67,9 +67,10 @@ def _compare(
     for rank, theirs in enumerate(_exchange(ranks, mine, timeout_s)):
         if theirs != mine:
             raise RankMismatchError(
-                f"rank {rank} planned other schedules than rank {ranks.rank}",
+                f"rank {rank} has another graph, or planned other schedules, than"
+                f" rank {ranks.rank}",
                 at="the first call",
-                because="options, shapes or package versions differ between ranks",
+                because="models, options, shapes or versions differ between ranks",
                 instead="give every rank the same model, options and input shapes",
             )
     marks = {name: _fingerprint(a) for name, a in zip(names, args, strict=True)}

@@ -8,6 +8,7 @@ import torch
 from support.attentions import trace
 from torch import Tensor
 
+from ringcompile.ir.mask import EmptyRow
 from ringcompile.passes.canonicalize import canonicalize
 from ringcompile.passes.regions import Region
 
@@ -53,7 +54,39 @@ def half_bias(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
     return finish(scores + torch.arange(S).half() * 60, v)
 
 
+def narrowed_mask(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    mask = torch.zeros(S, S).masked_fill(hidden() | torch.eye(S).bool(), LOWEST)
+    return finish(q @ k.mT + (b + mask).bfloat16(), v)
+
+
+def bias_written_later(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+    weights = (q @ k.mT + b).softmax(-1)
+    b.zero_()
+    return weights @ v
+
+
+def sink_written_later(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+    sinks = b[0, 0, 0, :H]
+    column = sinks.view(1, H, 1, 1).expand(B, H, S, 1)
+    weights = torch.cat([q @ k.mT, column], -1).softmax(-1)
+    b.zero_()
+    return weights[..., :-1] @ v
+
+
+def product_written_to(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+    keep = torch.ones(S, dtype=torch.int64)
+    pairs = keep[:, None] * keep
+    row = pairs[1]
+    pairs[0].zero_()
+    scores = (q @ k.mT).masked_fill(~pairs.bool(), -math.inf)
+    return finish(scores, v) + row.sum()
+
+
 CASES: dict[str, Attend] = {
+    "bias written later": bias_written_later,
+    "sink written later": sink_written_later,
+    "product written to": product_written_to,
     "type_as of scores": lambda q, k, v, b: finish(b.double().type_as(q @ k.mT), v),
     "detached scores": lambda q, k, v, b: finish((q @ k.mT).detach(), v),
     "detached weights": lambda q, k, v, b: (q @ k.mT).softmax(-1).detach() @ v,
@@ -107,6 +140,26 @@ def test_what_lends_its_shape_is_no_score(name: str) -> None:
     q, k, v, bias = make_inputs()
     region = trace(BIASED[name], q, k, v, bias.nan_to_num(neginf=0.0)).region()
     assert len(region.biases) == 1
+
+
+def test_padding_of_unknown_ints_beside_filled_keys_is_refused() -> None:
+    """A padded query sees hidden keys alone, and then all that were filled too."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        scores = (q @ k.mT).masked_fill(hidden(), LOWEST)
+        return finish(scores + (1.0 - keep[:, None, None]) * LOWEST, v)
+
+    keep = torch.ones(B, S, dtype=torch.int64)
+    keep[:, :2] = 0
+    refusal = trace(attend, *make_inputs()[:3], keep).refusal()
+    assert "finfo.min" in refusal.what
+
+
+def test_a_mask_is_not_read_through_a_narrower_dtype() -> None:
+    """finfo.min of float32 is -inf in bfloat16, and a row of those is NaN."""
+    q, k, v, bias = make_inputs()
+    region = trace(narrowed_mask, q, k, v, bias.nan_to_num(neginf=0.0)).region()
+    assert region.mask.empty_row is EmptyRow.NAN
 
 
 def test_a_detached_bias_stays_detached() -> None:

@@ -382,6 +382,11 @@ UNREADABLE: dict[str, tuple[MaskFn, tuple[Tensor, ...], str]] = {
         (torch.randn(B, S, D),),
         "isn't computed from positions",
     ),
+    "changed in place": (
+        lambda s: torch.zeros(s, s).masked_fill_(column(s) > row(s), -math.inf),
+        (),
+        "in place",
+    ),
     "random": (lambda s: torch.rand(B, 1, 1, s) > 0.5, (), ""),
     "random ints": (lambda s: torch.randint(0, 2, (B, 1, 1, s)).bool(), (), ""),
     "bytes that wrap": (
@@ -406,10 +411,6 @@ CARRIED: dict[str, tuple[MaskFn, tuple[Tensor, ...]]] = {
     "ints of unknown values": (
         lambda s, m: (1.0 - m[:, None, None].float()) * LOWEST,
         (torch.ones(B, S, dtype=torch.int64),),
-    ),
-    "changed in place": (
-        lambda s: torch.zeros(s, s).masked_fill_(column(s) > row(s), -math.inf),
-        (),
     ),
 }
 
