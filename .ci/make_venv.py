@@ -39,8 +39,8 @@ def main() -> None:
         run([*pip, f"torch=={pinned}"])
     constraint = folder / "constraint.txt"
     constraint.write_text(f"torch=={found or pinned}\n")
-    print("installing ringcompile with its demo and dev extras", flush=True)
-    run([*pip, "-q", "-c", str(constraint), "-e", ".[demo,dev]"])
+    print("installing ringcompile with its hf and dev extras", flush=True)
+    run([*pip, "-q", "-c", str(constraint), "-e", ".[hf,dev]"])
 
 
 def run(command: list[str]) -> None:

@@ -235,7 +235,7 @@ def format_sexpr(e: sympy.Basic) -> str:
     if isinstance(e, sympy.floor):
         x, n = split_floor(e)
         return f"(floor {format_sexpr(x)} {n})"
-    if not e.args:
+    if not e.args and not isinstance(e, AppliedUndef):
         text = str(e).lower() if e in {TRUE, FALSE} else str(e)
         assert text in _SYMBOLS or e.is_Integer, f"{e} in a mask predicate"
         return text

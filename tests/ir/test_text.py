@@ -9,7 +9,7 @@ from support.masks import layouts, masks
 
 from ringcompile.ir.attention import RankPlan
 from ringcompile.ir.layout import Layout, Side
-from ringcompile.ir.mask import EmptyRow, Mask, Q, at_least_zero, causal, documents
+from ringcompile.ir.mask import EmptyRow, K, Mask, Q, at_least_zero, causal, documents
 from ringcompile.ir.schedule import MixedParts, Mixing, Schedule, Selection
 from ringcompile.ir.text import (
     format_mask,
@@ -62,6 +62,13 @@ def test_a_plan_comes_back_from_its_text(
 @given(masks, st.sampled_from(EmptyRow))
 def test_a_mask_comes_back_from_its_text(mask: Mask, empty_row: EmptyRow) -> None:
     mask = dataclasses.replace(mask, empty_row=empty_row)
+    assert parse_mask(format_mask(mask)) == mask
+
+
+def test_a_capture_without_positions_comes_back() -> None:
+    width = sympy.Function("c0", integer=True)()
+    mask = Mask(at_least_zero(width - Q + K), num_captures=1)
+    assert "(c0)" in format_mask(mask)
     assert parse_mask(format_mask(mask)) == mask
 
 
