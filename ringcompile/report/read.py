@@ -13,8 +13,9 @@ from ringcompile.lowering.inductor import sources_hash
 from ringcompile.mesh import Ranks
 from ringcompile.ops import accumulation_dtype
 from ringcompile.passes.caches import CACHE_ADVICE, find_cache_outputs
-from ringcompile.passes.pipeline import PlannedAttention, Rewritten, run_passes
+from ringcompile.passes.pipeline import Rewritten, run_passes
 from ringcompile.passes.places import find_place
+from ringcompile.passes.plan_attentions import PlannedAttention
 from ringcompile.passes.regions import Refusal, Region
 from ringcompile.passes.text import format_graph
 from ringcompile.report.records import (
