@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
+from ringcompile.errors import ShardingError
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.reshard import format_spec, parse_spec
 from ringcompile.ops import GATHER, REDUCE, SCALE_GRAD, SHARD, SPREAD
@@ -25,6 +26,7 @@ from ringcompile.passes.op import (
     is_float,
     is_tensor,
     read_op,
+    shape_of,
 )
 from ringcompile.passes.propagate_layout import (
     Placement,
@@ -32,7 +34,8 @@ from ringcompile.passes.propagate_layout import (
     Shard,
     Window,
 )
-from ringcompile.torch_private import SET_GRAD_ENABLED, size_expression
+from ringcompile.passes.sharded_inputs import LOCAL
+from ringcompile.torch_private import SET_GRAD_ENABLED, size_expression, sizes_equal
 
 aten = torch.ops.aten
 
@@ -171,6 +174,31 @@ class Emitter:
                 if size_expression(size) == e:
                     return self.call(aten.sym_size.int, self.env[node], d)
         raise AssertionError(f"no input has the size {e}")
+
+    def note_local_size(self, node: Node) -> None:
+        """Read a local length off an input that comes as a shard."""
+        for dim, size in enumerate(node.meta[LOCAL].shape):
+            local = size_expression(size)
+            if local != size_expression(shape_of(node)[dim]):
+                key = ("size", local)
+                read = self.call(aten.sym_size.int, self.env[node], dim)
+                self._memo.setdefault(key, read)
+
+    def find_shard(self, node: Node) -> Shard:
+        """How an input lies that comes as a shard, by its length alone."""
+        for dim, own in enumerate(node.meta[LOCAL].shape):
+            whole = shape_of(node)[dim]
+            if size_expression(own) == size_expression(whole):
+                continue
+            for number, axis in enumerate(self._axes):
+                if axis.window is None and sizes_equal(axis.length, whole):
+                    return Shard(number, dim)
+        raise ShardingError(
+            f"input {node.name}, a shard that is needed whole",
+            at="the inputs",
+            because="no attention that can be cut has its length",
+            instead='inputs="replicated"',
+        )
 
     def positions(self, shard: Shard) -> Node:
         """Global positions of this rank's rows, int64 ``(T,)``; -1 for pads."""

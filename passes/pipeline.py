@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ringcompile.config import RingOptions
-from ringcompile.errors import UnsupportedAttentionError
+from ringcompile.errors import ShardingError, UnsupportedAttentionError
 from ringcompile.ir.text import format_plan
 from ringcompile.mesh import Ranks
 from ringcompile.passes.autocast import spell_autocast
@@ -31,6 +31,7 @@ from ringcompile.passes.regions import Refusal, Region
 from ringcompile.passes.rewrite import Gathered, Sharding, rewrite
 from ringcompile.passes.scorers import insert_scorers
 from ringcompile.passes.shadow import find_baked, find_opaque, trace_shadow, where
+from ringcompile.passes.sharded_inputs import LOCAL, Lengths, find_lengths
 from ringcompile.passes.text import format_graph
 from ringcompile.torch_private import observe_pass, without_saved_tensor_hooks
 
@@ -50,6 +51,7 @@ class Rewritten:
         texts: the graph after each named pass.
         graph_text: every call of the graph before it is this rank's.
         draws: whether some op draws random numbers, so that ranks must agree on them.
+        shards: names of the inputs that come as shards.
     """
 
     gm: GraphModule
@@ -60,6 +62,7 @@ class Rewritten:
     texts: dict[str, str] = field(default_factory=dict)
     graph_text: str = ""
     draws: bool = False
+    shards: frozenset[str] = frozenset()
 
     @property
     def plan_hash(self) -> str:
@@ -98,10 +101,14 @@ def run_passes(
     if (opaque := find_opaque(gm)) is not None:
         return Rewritten(gm, notes=(_run_whole(opaque, options),))
     with without_saved_tensor_hooks():
-        made = Rewritten(trace_shadow(gm, example_inputs))
+        lengths = _find_lengths(gm, example_inputs, options, ranks)
+        made = Rewritten(trace_shadow(gm, example_inputs, lengths))
     if (baked := find_baked(made.gm)) is not None:
         return Rewritten(gm, notes=(_run_whole(baked, options),))
     _note(made, "shadow")
+    made.shards = frozenset(
+        n.name for n in made.gm.graph.find_nodes(op="placeholder") if LOCAL in n.meta
+    )
     made.draws = any(_draws(node) for node in made.gm.graph.nodes)
     regions = _find_regions(made)
     _refuse(made.refusals, options)
@@ -122,6 +129,8 @@ def run_passes(
     }
     planner = Planner(options, ranks, sources)
     axes = planner.lay_out(placements, attentions)
+    if lengths is not None:
+        _require_whole_chunks(axes)
     plans = planner.plan(placements, attentions)
     made.attentions = tuple(plans.values())
     texts = {node: format_plan(planned.plan) for node, planned in plans.items()}
@@ -138,6 +147,32 @@ def run_passes(
     _note(made, "rewrite")
     _warn_of_gathers(made, options)
     return made
+
+
+def _find_lengths(
+    gm: GraphModule,
+    example_inputs: Sequence[object],
+    options: RingOptions,
+    ranks: Ranks,
+) -> Lengths | None:
+    """The lengths that are a rank's own, if ranks pass shards."""
+    if options.inputs == "replicated" or ranks.is_alone:
+        return None
+    local = Rewritten(trace_shadow(gm, example_inputs))
+    return find_lengths(_find_regions(local), ranks.size)
+
+
+def _require_whole_chunks(axes: Sequence[AxisLayout]) -> None:
+    """Pads among the shards that ranks pass can't be told from tokens."""
+    for axis in axes:
+        if axis.window is None and axis.padded:
+            raise ShardingError(
+                f"{axis.length} tokens as {axis.layout} shards",
+                at="the inputs",
+                because=f"they are no multiple of {axis.layout.num_chunks} chunks, so"
+                " the last would need pads, which tokens of a shard are not",
+                instead="pad the sequence before ringcompile.shard, and mask the pads",
+            )
 
 
 def _find_cross(calls: dict[Node, Region]) -> frozenset[Node]:

@@ -33,6 +33,7 @@ from ringcompile.passes.op import (
 from ringcompile.passes.rules import find_rule
 from ringcompile.passes.rules.flow import Flow, Link
 from ringcompile.passes.shadow import where
+from ringcompile.passes.sharded_inputs import LOCAL
 from ringcompile.torch_private import size_expression, sizes_equal
 
 
@@ -281,6 +282,9 @@ class _Decider:
 
     def __call__(self, node: Node) -> None:
         """Decide one node; its operands are decided already."""
+        if LOCAL in node.meta:
+            self.decisions[node] = self._decide_input(node)
+            return
         if node.target is operator.getitem and is_tensor(node):
             source = self._placement(node.args[0])
             self.decisions[node] = Decision(source, (source,))
@@ -289,6 +293,15 @@ class _Decider:
         self.decisions[node] = Decision(None) if op is None else self._decide(op)
         if writes_memory(node):
             _check_mutation(node, self.decisions)
+
+    def _decide_input(self, node: Node) -> Decision:
+        """An input that comes as a shard, or as a length."""
+        if not is_tensor(node):
+            return Decision(None)
+        places = self._places(self._dims[node]) if is_float(node) else []
+        if len(places) == 1:
+            return Decision(places[0])
+        return Decision(None, gathered="no attention's tokens are known to be its rows")
 
     def _placement(self, node: object) -> Placement:
         return self.decisions[node].placement if isinstance(node, Node) else None

@@ -13,7 +13,7 @@ from torch.fx.node import Argument, map_arg
 
 from ringcompile.ops import RING_ATTENTION
 from ringcompile.passes.emitter import AxisLayout, Emitter
-from ringcompile.passes.op import Op, read_op, shape_of
+from ringcompile.passes.op import Op, is_float, is_tensor, read_op, shape_of
 from ringcompile.passes.propagate_layout import (
     SIZE_READERS,
     Decision,
@@ -21,6 +21,7 @@ from ringcompile.passes.propagate_layout import (
     Shard,
 )
 from ringcompile.passes.shadow import where
+from ringcompile.passes.sharded_inputs import LOCAL
 from ringcompile.torch_private import (
     AUTOCAST_CALLS,
     SET_GRAD_ENABLED,
@@ -112,6 +113,7 @@ class _Writer:
         inputs = self._old.find_nodes(op="placeholder")
         for node in inputs:
             emit.env[node] = emit.graph.node_copy(node)
+        self._write_whole_inputs(inputs)
         self._write_parameter_uses()
         for node in self._old.nodes:
             if node.op not in ("placeholder", "output"):
@@ -119,6 +121,30 @@ class _Writer:
                     emit.env[node] = self._write_node(node)
         self._write_output()
         return emit.graph
+
+    def _write_whole_inputs(self, inputs: Sequence[Node]) -> None:
+        """Make lengths global, and whole what comes as a shard and is used whole."""
+        emit = self._emit
+        shards = [n for n in inputs if LOCAL in n.meta]
+        for node in shards:
+            emit.env[node].meta["val"] = node.meta[LOCAL]
+            if is_tensor(node):
+                emit.note_local_size(node)
+        for node in shards:
+            if not is_tensor(node):
+                emit.env[node] = self._write_size(node)
+            elif self._decisions[node].placement is None:
+                self._write_whole_input(node)
+
+    def _write_whole_input(self, node: Node) -> None:
+        shard = self._emit.find_shard(node)
+        self._emit.env[node] = self._emit.join(self._emit.env[node], shard)
+        if is_float(node):
+            because = self._decisions[node].gathered
+            what = f"input {node.name}"
+            self.gathered.append(
+                Gathered(node.name, node.name, what, _bytes(node), because)
+            )
 
     def _write_parameter_uses(self) -> None:
         """Spread all parameters that shards use, in few buckets, at the top."""
@@ -159,8 +185,7 @@ class _Writer:
                 self._note_gathers(node, "no rule knows how it acts on a shard")
             return emit.copy(node, lambda n: self._whole(n, node))
         if op.packet in SIZE_READERS:
-            size = emit.size(node.meta["val"])
-            return size if isinstance(size, Node) else emit.call(operator.index, size)
+            return self._write_size(node)
         if decision.gathered:
             self._note_gathers(node, decision.gathered)
         operands = [
@@ -178,6 +203,11 @@ class _Writer:
         if op.is_mutable:
             emit.forget_reshards()
         return written
+
+    def _write_size(self, node: Node) -> Node:
+        """A node that is a size: the whole one, wherever it was read."""
+        size = self._emit.size(node.meta["val"])
+        return size if isinstance(size, Node) else self._emit.call(operator.index, size)
 
     def _write_local(self, op: Op, decision: Decision, operands: list[Node]) -> Node:
         emit, flow, shard = self._emit, decision.flow, decision.placement

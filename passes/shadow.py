@@ -22,6 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ringcompile.passes.composites import WRITTEN_OUT
 from ringcompile.passes.places import Move, find_place, innermost_module, move_modules
+from ringcompile.passes.sharded_inputs import LOCAL, Lengths
 from ringcompile.torch_private import (
     AUTOCAST_CALLS,
     ENTER_AUTOCAST,
@@ -42,18 +43,27 @@ _CHECKPOINT_OPTIONS = frozenset(
 )
 
 
-def trace_shadow(gm: GraphModule, example_inputs: Sequence[object]) -> GraphModule:
+def trace_shadow(
+    gm: GraphModule, example_inputs: Sequence[object], lengths: Lengths | None = None
+) -> GraphModule:
     """Trace ``gm`` into the graph that all passes work on.
 
     Args:
         gm: a Dynamo graph.
         example_inputs: its inputs, real or fake, in placeholder order.
+        lengths: the lengths that are a rank's own: the graph is of whole ones.
 
     Returns:
         A flat graph with fake values in ``node.meta["val"]``, placeholders under their
-        old names, ``meta["is_parameter"]`` and ``meta["requires_grad"]`` on them.
+        old names, ``meta["is_parameter"]`` and ``meta["requires_grad"]`` on them, and
+        ``meta[LOCAL]`` on those whose ``val`` is P times what the rank passes.
     """
     fake_mode, fakes = fake_inputs(gm, example_inputs)
+    passed = fakes
+    if lengths is not None:
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        with fake_mode, torch.no_grad():
+            fakes = [*map(lengths.scale, placeholders, fakes)]
     with fake_mode, fx_traceback.preserve_node_meta():
         shadow = make_fx(
             _Inliner(gm).run,
@@ -62,6 +72,11 @@ def trace_shadow(gm: GraphModule, example_inputs: Sequence[object]) -> GraphModu
             _allow_non_fake_inputs=True,
         )(*fakes)
     _carry_over_placeholders(gm, shadow, example_inputs)
+    for node, whole, own in zip(
+        shadow.graph.find_nodes(op="placeholder"), fakes, passed, strict=True
+    ):
+        if whole is not own:
+            node.meta[LOCAL] = own
     shadow.graph.eliminate_dead_code()
     shadow.recompile()
     return shadow

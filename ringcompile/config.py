@@ -26,7 +26,7 @@ class _Choice:
 _CHOICES: Mapping[str, _Choice] = MappingProxyType(
     {
         "layout": _Choice(("auto", "contiguous", "zigzag", "striped", "hilbert")),
-        "inputs": _Choice(("replicated",), ("sharded",)),
+        "inputs": _Choice(("replicated", "sharded")),
         "outputs": _Choice(("gathered", "sharded")),
         "grads": _Choice(("summed", "local")),
         "local_scale": _Choice(("mean", "sum")),
@@ -59,8 +59,11 @@ class RingOptions:
             (glob over modules' names, one of those): the first that matches holds.
         layout: Which positions each rank holds; ``auto`` decides by mask and cost, and
             never for ``hilbert``.
-        inputs: ``replicated``: every rank passes the same full tensors.
-        outputs: ``gathered``: as eager on every rank; ``sharded``: each rank's rows.
+        inputs: ``replicated``: every rank passes the same full tensors; ``sharded``:
+            each passes its own rows, laid out as ``layout`` says (``auto`` can't), in a
+            graph of symbolic lengths (``torch.compile(dynamic=True)``).
+        outputs: ``gathered``: as eager on every rank; ``sharded``: each rank's rows,
+            the user's default where ``inputs="sharded"``.
         grads: ``summed``: each ``.grad`` is eager's; ``local``: partial sums, for a
             data-parallel wrapper over a mesh that includes this one.
         local_scale: Under ``grads="local"``, what that wrapper does with gradients:
@@ -116,6 +119,13 @@ class RingOptions:
                 because="a GPU starts the programs of a generated kernel as it likes",
                 instead="kernel='math', or block_order='natural'",
             )
+        if self.inputs == "sharded" and self.layout == "auto":
+            raise OptionError(
+                "inputs='sharded' with layout='auto'",
+                at="options",
+                because="the shards are cut before the masks are known",
+                instead='the layout of ringcompile.shard, "layout": "zigzag"',
+            )
         _check_timeout(self.timeout_s)
 
     @classmethod
@@ -140,6 +150,8 @@ class RingOptions:
                 because='it scales local gradients, and grads is not "local"',
                 instead='add "grads": "local", or leave local_scale out',
             )
+        if given.get("inputs") == "sharded":
+            given.setdefault("outputs", "sharded")
         if "inductor" in given:
             given["inductor"] = _freeze_patches(given["inductor"])
         if isinstance(by_module := given.get("attention"), Mapping):

@@ -48,7 +48,7 @@ def agree_at_first_call(
     def run(*args: object) -> object:
         nonlocal pending
         if pending:
-            _compare(ranks, made.plan_hash, (names, args), made.draws, timeout_s)
+            _compare(ranks, made, (names, args), timeout_s)
             pending = False
         return compiled(*args)
 
@@ -57,13 +57,12 @@ def agree_at_first_call(
 
 def _compare(
     ranks: Ranks,
-    plan_hash: str,
+    made: Rewritten,
     inputs: tuple[Sequence[str], Sequence[object]],
-    draws: bool,
     timeout_s: float,
 ) -> None:
     names, args = inputs
-    mine = [_number(plan_hash), _number(repr(names))]
+    mine = [_number(made.plan_hash), _number(repr(names))]
     for rank, theirs in enumerate(_exchange(ranks, mine, timeout_s)):
         if theirs != mine:
             raise RankMismatchError(
@@ -73,8 +72,11 @@ def _compare(
                 because="models, options, shapes or versions differ between ranks",
                 instead="give every rank the same model, options and input shapes",
             )
-    marks = {name: _fingerprint(a) for name, a in zip(names, args, strict=True)}
-    if draws:
+    marks = {
+        name: _mark_shard(a) if name in made.shards else _fingerprint(a)
+        for name, a in zip(names, args, strict=True)
+    }
+    if made.draws:
         marks[_RANDOM_STATE] = _fingerprint(_random_state(ranks))
     mine = list(marks.values())
     for rank, theirs in enumerate(_exchange(ranks, mine, timeout_s)):
@@ -122,6 +124,12 @@ def _fingerprint(value: object) -> int:
         weight = torch.arange(1, part.numel() + 1, device=part.device) % _PRIME
         total = total * _PRIME + int((part * (weight + 1)).sum())
     return _number(f"{tuple(value.shape)} {value.dtype} {total}")
+
+
+def _mark_shard(value: object) -> int:
+    """Shards differ, but not in shape or dtype."""
+    kind = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
+    return _number(repr(kind))
 
 
 def _number(text: str) -> int:

@@ -147,7 +147,6 @@ transport='copy_engine'
 @pytest.mark.parametrize(
     "options",
     [
-        {"inputs": "sharded"},
         {"kernel": "cudnn"},
         {"kernel": "flash"},
         {"transport": "copy_engine"},
@@ -200,8 +199,8 @@ def test_unknown_mode_names_the_nearest() -> None:
 
 
 def test_a_record_built_directly_is_checked_too() -> None:
-    with pytest.raises(OptionError, match="sharded"):
-        RingOptions(inputs="sharded")
+    with pytest.raises(OptionError, match="copy_engine"):
+        RingOptions(transport="copy_engine")
 
 
 def test_environment_is_read() -> None:

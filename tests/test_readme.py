@@ -72,7 +72,11 @@ def test_all_options_are_listed_with_their_defaults() -> None:
 )
 def test_listed_values_are_built(name: str) -> None:
     values = [v for v in quoted(option_rows()[name][0]) if isinstance(v, str)]
-    extra = {"grads": "local"} if name == "local_scale" else {}
+    beside: dict[str, dict[str, object]] = {
+        "local_scale": {"grads": "local"},
+        "inputs": {"layout": "zigzag"},
+    }
+    extra = beside.get(name, {})
     for value in values:
         assert getattr(RingOptions.from_user({name: value} | extra), name) == value
 

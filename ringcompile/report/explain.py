@@ -35,7 +35,8 @@ def explain(
 
     Args:
         model: a module or a function; not changed.
-        args: what it is called with: the full tensors that every rank would pass.
+        args: what it is called with: the full tensors that every rank would pass, or
+            with ``inputs="sharded"`` one rank's shards.
         world_size: the number of ranks P to explain it for.
         options: as for the backend; ``mesh`` is not looked at.
         kwargs: more of what it is called with.
@@ -71,8 +72,9 @@ def explain(
         return gm.forward
 
     model = getattr(model, "_orig_mod", model)  # of a compiled module
+    dynamic = reader.options.inputs == "sharded"
     with _left_as_it_was(model):
-        torch.compile(_fresh_call(), backend=capture, dynamic=False)(
+        torch.compile(_fresh_call(), backend=capture, dynamic=dynamic)(
             model, *args, **kwargs
         )
     if errors:
