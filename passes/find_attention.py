@@ -36,7 +36,7 @@ from ringcompile.passes.read_spelled import read_spelled
 from ringcompile.passes.read_values import Reader
 from ringcompile.passes.regions import BiasOperand, Refusal, Region
 from ringcompile.passes.sequences import mark_cross
-from ringcompile.passes.shadow import where
+from ringcompile.passes.places import where
 from ringcompile.passes.symbolic import Size, Unreadable
 from ringcompile.passes.value_scalars import read_scalar
 

@@ -25,11 +25,13 @@ from ringcompile.ir.text import format_plan
 from ringcompile.mesh import Ranks
 from ringcompile.passes.autocast import spell_autocast
 from ringcompile.passes.caches import CACHE_ADVICE, find_cache_outputs
+from ringcompile.passes.block_checks import BlockCheck
 from ringcompile.passes.canonicalize import canonicalize
 from ringcompile.passes.choose_pattern import choose_patterns
 from ringcompile.passes.emitter import AxisLayout
 from ringcompile.passes.find_attention import find_attention
 from ringcompile.passes.op import read_op
+from ringcompile.passes.places import where
 from ringcompile.passes.propagate_layout import (
     Axis,
     Placements,
@@ -41,7 +43,7 @@ from ringcompile.passes.read_added import is_cut
 from ringcompile.passes.regions import Refusal, Region
 from ringcompile.passes.rewrite import Gathered, Sharding, rewrite
 from ringcompile.passes.scorers import insert_scorers
-from ringcompile.passes.shadow import find_baked, find_opaque, trace_shadow, where
+from ringcompile.passes.shadow import find_baked, find_opaque, trace_shadow
 from ringcompile.passes.text import format_graph
 from ringcompile.patterns import AttentionSpec, Pattern
 from ringcompile.patterns.base import find_segment
@@ -87,6 +89,7 @@ class Rewritten:
         texts: the graph after each named pass.
         graph_text: every call of the graph before it is this rank's.
         draws: whether some op draws random numbers, so that ranks must agree on them.
+        block_checks: what must hold of block lists that are passed in.
     """
 
     gm: GraphModule
@@ -97,6 +100,7 @@ class Rewritten:
     texts: dict[str, str] = field(default_factory=dict)
     graph_text: str = ""
     draws: bool = False
+    block_checks: tuple[BlockCheck, ...] = ()
 
     @property
     def plan_hash(self) -> str:
@@ -134,8 +138,15 @@ def run_passes(
     """
     if (opaque := find_opaque(gm)) is not None:
         return Rewritten(gm, notes=(_run_whole(opaque, options),))
-    with without_saved_tensor_hooks():
-        made = Rewritten(trace_shadow(gm, example_inputs))
+    try:
+        with without_saved_tensor_hooks():
+            made = Rewritten(trace_shadow(gm, example_inputs))
+    except UnsupportedAttentionError as e:  # to whose text fx adds a trace
+        error = UnsupportedAttentionError(
+            e.what, at=e.at, because=e.because, instead=e.instead
+        )
+        return Rewritten(gm, notes=(_warn_of_whole(error, options),))
+    made.block_checks = made.gm.meta["block_checks"]
     if (baked := find_baked(made.gm)) is not None:
         return Rewritten(gm, notes=(_run_whole(baked, options),))
     _note(made, "shadow")
@@ -204,6 +215,10 @@ def _run_whole(opaque: Node, options: RingOptions) -> str:
         because="its own backward or policy can't be carried through the rewrite yet",
         instead="keep it out of what is compiled (torch.compiler.disable)",
     )
+    return _warn_of_whole(error, options)
+
+
+def _warn_of_whole(error: UnsupportedAttentionError, options: RingOptions) -> str:
     if options.unsupported == "error":
         raise error
     said = f"runs whole on every rank: {error}"

@@ -32,7 +32,7 @@ from ringcompile.passes.op import (
 )
 from ringcompile.passes.rules import find_rule
 from ringcompile.passes.rules.flow import Flow, Link
-from ringcompile.passes.shadow import where
+from ringcompile.passes.places import where
 from ringcompile.torch_private import size_expression, sizes_equal
 
 

@@ -20,7 +20,7 @@ from ringcompile.passes.propagate_layout import (
     Placements,
     Shard,
 )
-from ringcompile.passes.shadow import where
+from ringcompile.passes.places import where
 from ringcompile.torch_private import (
     AUTOCAST_CALLS,
     SET_GRAD_ENABLED,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from support.compiling import Record, compile_ring
+from support.flex import trained_on_cpu
 from support.lookalikes import alone, beside_attention
 from support.spellings import Spelling, build_spelling, find_spelling, make_inputs
 from support.spine_models import Float64
@@ -42,7 +43,7 @@ def run_rank(
     group: ProcessGroup, rank: int, spelling: Spelling, compiler: str
 ) -> tuple[Record, list[str]]:
     """The same for any row and compiler, without a warning."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), trained_on_cpu():
         warnings.simplefilter("ignore")
         return _run_rank(group, spelling, compiler)
 
