@@ -8,7 +8,6 @@ before anything is computed. Lists that were compared once cost nothing more.
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -125,7 +124,9 @@ def check_blocks(check: BlockCheck, args: Sequence[object]) -> None:
         here = slice(first, first + rows)
         listed = (partial | full)[:, :, here]
         _require(check, ~listed & some, first, "mask_mod keeps keys in a block not in")
-        _require(check, full[:, :, here] & ~all_, first, "mask_mod drops keys in a full")
+        _require(
+            check, full[:, :, here] & ~all_, first, "mask_mod drops keys in a full"
+        )
 
 
 def _read_length(length: int | Input, args: Sequence[object]) -> int:

@@ -1,9 +1,9 @@
 """What the block lists of a flex_attention say, and whether its ``mask_mod`` says it.
 
 A kernel of flex_attention computes the blocks that are listed as full or partial, and
-calls ``mask_mod`` in partial ones alone. A mask is read from ``mask_mod``; that is right
-where the lists follow from it. They do if ``create_block_mask`` made them of it in the
-same graph; lists that are passed in are compared with it when the graph runs.
+calls ``mask_mod`` in partial ones alone. A mask is read from ``mask_mod``, which is
+right where the lists follow from it. They do if ``create_block_mask`` made them of it
+in the same graph; lists that are passed in are compared with it when the graph runs.
 Invariant: no mask is read whose lists are not proven or compared.
 """
 
@@ -15,7 +15,12 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
-from ringcompile.passes.scalar_graphs import is_elementwise, is_in_place, name_of
+from ringcompile.passes.scalar_graphs import (
+    MAKERS,
+    is_elementwise,
+    is_in_place,
+    name_of,
+)
 from ringcompile.passes.symbolic import Size
 from ringcompile.torch_private import WHOLE_BLOCK, is_vmap_call, sizes_equal
 
@@ -128,7 +133,10 @@ def _is_pure(node: Node) -> bool:
 
 
 _LISTING = frozenset(
-    "sum argsort pad view permute transpose contiguous getitem unsqueeze arange".split()
+    {
+        *("sum", "argsort", "pad", "view", "permute", "transpose", "contiguous"),
+        *("getitem", "unsqueeze", "arange"),
+    }
 )
 
 
@@ -345,6 +353,9 @@ class _Recipe:
     def levels_in(self, node: Node) -> frozenset[int]:
         """The levels that a value depends on."""
         for step in _in_order(node, self._used):
+            if name_of(step) in MAKERS:
+                self._used[step] = frozenset()
+                continue
             own = [step.args[2]] if _is_call(step, "add_batch_dim") else []
             above = [self._used[x] for x in step.all_input_nodes]
             self._used[step] = frozenset(own).union(*above)
@@ -359,11 +370,13 @@ class _Recipe:
             return (type(node).__name__, node)
         if node in self._leaves:
             return self._leaves[node]
-        if self._levels and not self.levels_in(node):
+        name, args = name_of(node), list(node.args)
+        if name in MAKERS:
+            args[0] = None  # lends its dtype and device, if it says none
+        elif self._levels and not self.levels_in(node):
             return node
         if _is_call(node, "add_batch_dim"):
             return self._write_position(node)
-        name, args = name_of(node), list(node.args)
         if name in _REVERSED and isinstance(node.target, str):
             name, args = _REVERSED[name], args[::-1]
         kwargs = sorted(node.kwargs.items())
@@ -389,4 +402,3 @@ def _in_order(node: Node, known: Iterable[Node]) -> Iterator[Node]:
             found.add(n)
             work += n.all_input_nodes
     return (n for n in node.graph.nodes if n in found)
-

@@ -135,7 +135,7 @@ def _build_table(numbers: Tensor, indices: Tensor, num_columns: int) -> Tensor:
     is_given = places < numbers[..., None]
     at = torch.where(is_given, indices, num_columns).long()
     table = is_given.new_zeros((*indices.shape[:-1], num_columns + 1))
-    return table.scatter(-1, at, True)[..., :num_columns]  # noqa: FBT003
+    return table.scatter(-1, at, True)[..., :num_columns]
 
 
 def _lay_out_like(q: Tensor, out: Tensor) -> Tensor:

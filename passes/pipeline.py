@@ -24,8 +24,8 @@ from ringcompile.ir.schedule import MixedParts, PartSpec, Schedule
 from ringcompile.ir.text import format_plan
 from ringcompile.mesh import Ranks
 from ringcompile.passes.autocast import spell_autocast
-from ringcompile.passes.caches import CACHE_ADVICE, find_cache_outputs
 from ringcompile.passes.block_checks import BlockCheck
+from ringcompile.passes.caches import CACHE_ADVICE, find_cache_outputs
 from ringcompile.passes.canonicalize import canonicalize
 from ringcompile.passes.choose_pattern import choose_patterns
 from ringcompile.passes.emitter import AxisLayout

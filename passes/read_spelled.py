@@ -260,6 +260,22 @@ def _check_weights(spelled: Spelled) -> None:
             because="a ring never holds the weights of all keys at once",
             instead="don't return or change the weights (output_attentions=False)",
         )
+    totals = [
+        n
+        for n in spelled.softmax.scores.users
+        if n not in spelled.softmax.inside
+        and (op := read_op(n))
+        and op.packet in _TOTALS
+    ]
+    if totals:
+        raise Refused(
+            f"attention whose scores are also used by {totals[0].target}",
+            because="a ring never holds the scores of all keys at once",
+            instead="don't ask for the lse or the greatest score (return_aux)",
+        )
+
+
+_TOTALS = (aten.logsumexp, aten.amax)
 
 
 def _check_way(reader: Reader, spelled: Spelled) -> None:

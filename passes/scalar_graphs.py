@@ -62,8 +62,9 @@ def run_scalars(
 
 
 def uses_scalar(gm: GraphModule, number: int) -> bool:
-    """Whether the result follows from one of the scalars."""
-    return bool(gm.graph.find_nodes(op="placeholder")[number].users)
+    """Whether the result may follow from one of the scalars."""
+    users = gm.graph.find_nodes(op="placeholder")[number].users
+    return any(name_of(user) not in MAKERS for user in users)
 
 
 def is_constant(gm: GraphModule, num_scalars: int) -> bool:
@@ -112,10 +113,11 @@ _SYNONYMS = MappingProxyType(
 # ---- what is allowed -----------------------------------------------------------------
 
 # Elementwise, though torch does not tag them so; and makers of one scalar.
-_ALSO = frozenset(
-    "floor_divide to type type_as float double half bfloat16 int long bool rsub"
-    " new_ones new_zeros new_full ones zeros full".split()
-)
+MAKERS = frozenset({"new_ones", "new_zeros", "new_full"})
+_ALSO = MAKERS | {
+    *("floor_divide", "rsub", "to", "type", "type_as", "float", "double", "half"),
+    *("bfloat16", "int", "long", "bool", "ones", "zeros", "full"),
+}
 
 
 def _check_pointwise(node: Node, tensors: set[Node]) -> None:
@@ -138,7 +140,7 @@ def is_in_place(node: Node) -> bool:
 
 
 def is_elementwise(name: str, others: frozenset[str] = frozenset()) -> bool:
-    """Whether an op of that name works on each element alone, or is one of ``others``."""
+    """Whether an op works on each element alone, or is one of ``others``."""
     if name in _ALSO or name in others:
         return True
     packet = getattr(aten, name, None)

@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 
 from support.compiling import Record, compile_ring
 from support.flex import trained_on_cpu
+from support.flex_cases import find_flex
 from support.lookalikes import alone, beside_attention
 from support.spellings import Spelling, build_spelling, find_spelling, make_inputs
 from support.spine_models import Float64
@@ -26,7 +27,7 @@ def run_named(
     Args:
         group: the ranks.
         rank: this one.
-        table: ``spelling``; or ``alone`` or ``beside`` an attention for look-alikes.
+        table: ``spelling`` or ``flex``; or ``alone`` or ``beside`` an attention for look-alikes.
         name: of the row.
     """
     return run_rank(group, rank, _TABLES[table](name), "eager")
@@ -34,6 +35,7 @@ def run_named(
 
 _TABLES: dict[str, Callable[[str], Spelling]] = {
     "spelling": find_spelling,
+    "flex": find_flex,
     "alone": alone,
     "beside": beside_attention,
 }
