@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -40,7 +41,7 @@ class BlockCheck:
 
     lists: tuple[Input | None, ...]
     lengths: tuple[int | Input, int | Input]
-    block: tuple[int, int]
+    block: tuple[int | Input, int | Input]
     mask_mod: GraphModule | None
     buffers: tuple[Input, ...]
     where: str
@@ -107,9 +108,11 @@ def check_blocks(check: BlockCheck, args: Sequence[object]) -> None:
         UnsupportedAttentionError: a kernel would compute another mask.
     """
     lists = [None if i is None else args[i.number] for i in check.lists]
-    queries, keys = (_read_length(x, args) for x in check.lengths)
+    queries, keys, rows, columns = (
+        _read_size(x, args) for x in (*check.lengths, *check.block)
+    )
     given = [x for x in lists if isinstance(x, Tensor)]
-    tables = build_tables(given, -(-keys // check.block[1]))
+    tables = build_tables(given, -(-keys // columns))
     partial, full = tables if len(tables) > 1 else (*tables, tables[0] & False)
     for table, number in zip(tables, given[::2], strict=True):
         if int(table.sum()) != int(number.sum()):
@@ -118,73 +121,73 @@ def check_blocks(check: BlockCheck, args: Sequence[object]) -> None:
         raise _differ(check, "some block is listed as partial and as full")
     if check.mask_mod is None:
         return
-    rows = _rows_at_a_time(partial, check.block, keys)
-    for first in range(0, partial.shape[2], rows):
-        some, all_ = _evaluate(check, args, partial, (first, rows, queries, keys))
-        here = slice(first, first + rows)
-        listed = (partial | full)[:, :, here]
-        _require(check, ~listed & some, first, "mask_mod keeps keys in a block not in")
-        _require(
-            check, full[:, :, here] & ~all_, first, "mask_mod drops keys in a full"
-        )
-
-
-def _read_length(length: int | Input, args: Sequence[object]) -> int:
-    return length if isinstance(length, int) else int(str(args[length.number]))
-
-
-def _rows_at_a_time(table: Tensor, block: tuple[int, int], keys: int) -> int:
-    batch, heads, rows, _ = table.shape
-    return max(1, min(rows, _PART // (batch * heads * block[0] * keys)))
+    rule = _Rule(
+        check.mask_mod,
+        [args[i.number] for i in check.buffers],
+        (*partial.shape[:2], queries, keys),
+        (rows, columns),
+        partial.device,
+    )
+    at_a_time = max(1, _PART // (partial.shape[0] * partial.shape[1] * rows * keys))
+    for first in range(0, partial.shape[2], at_a_time):
+        here = slice(first, first + at_a_time)
+        listed, whole = ((x)[:, :, here] for x in (partial | full, full))
+        some, all_ = rule.evaluate(first, listed.shape[2])
+        lost, added = ~listed & some, whole & ~all_
+        for wrong, what in ((lost, _LOST), (added, _ADDED)):
+            if bool(wrong.any()):
+                b, h, row, column = wrong.nonzero()[0].tolist()
+                raise _differ(
+                    check,
+                    f"{what}: batch {b}, head {h}, queries from"
+                    f" {(row + first) * rows}, keys from {column * columns}",
+                )
 
 
 _PART = 1 << 24  # scores at a time
+_LOST = "mask_mod keeps keys in a block that is not listed"
+_ADDED = "mask_mod drops keys in a block that is listed as full"
 
 
-def _evaluate(
-    check: BlockCheck,
-    args: Sequence[object],
-    table: Tensor,
-    at: tuple[int, int, int, int],
-) -> tuple[Tensor, Tensor]:
-    """Whether the rule keeps some keys in each block, and whether it keeps all."""
-    assert check.mask_mod is not None, "lists alone need no rule"
-    first, rows, queries, keys = at
-    start = first * check.block[0]
-    ends = (*table.shape[:2], min(queries, start + rows * check.block[0]), keys)
-    starts = (0, 0, start, 0)
-    positions = [
-        torch.arange(a, b, device=table.device).view(
-            [-1 if d == dim else 1 for d in range(len(ends))]
-        )
-        for dim, (a, b) in enumerate(zip(starts, ends, strict=True))
-    ]
-    shape = [x.numel() for x in positions]
-    buffers = [args[i.number] for i in check.buffers]
-    kept = run_scalars(check.mask_mod, positions, buffers).expand(shape)
-    pads = [x for d in (3, 2) for x in (0, -shape[d] % check.block[d - 2])]
-    some, none = (
-        _any_in_block(torch.nn.functional.pad(x, pads), check.block)
-        for x in (kept, ~kept)
-    )
-    return some, ~none
+def _read_size(size: int | Input, args: Sequence[object]) -> int:
+    if isinstance(size, int):
+        return size
+    given = args[size.number]
+    assert isinstance(given, int | torch.SymInt), "a size is an integer"
+    return int(given)
 
 
-def _any_in_block(kept: Tensor, block: tuple[int, int]) -> Tensor:
-    blocks = kept.unflatten(3, (-1, block[1])).unflatten(2, (-1, block[0]))
-    return blocks.any(-1).any(3)
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """A mask_mod over scores of this shape, in blocks."""
 
+    mask_mod: GraphModule
+    buffers: list[object]
+    shape: tuple[int, ...]
+    block: tuple[int, int]
+    device: torch.device
 
-def _require(check: BlockCheck, wrong: Tensor, first: int, what: str) -> None:
-    if not bool(wrong.any()):
-        return
-    b, h, row, column = wrong.nonzero()[0].tolist()
-    lists = "block" if "full" in what else "the lists"
-    raise _differ(
-        check,
-        f"{what} {lists}: batch {b}, head {h}, queries from"
-        f" {(row + first) * check.block[0]}, keys from {column * check.block[1]}",
-    )
+    def evaluate(self, first: int, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Whether it keeps some keys in each block of some rows, and whether all."""
+        start = first * self.block[0]
+        stop = min(start + num_rows * self.block[0], self.shape[2])
+        spans = [(0, size) for size in self.shape]
+        spans[2] = (start, stop)
+        positions = [
+            torch.arange(*span, device=self.device).view(
+                [-1 if d == dim else 1 for d in range(len(spans))]
+            )
+            for dim, span in enumerate(spans)
+        ]
+        kept = run_scalars(self.mask_mod, positions, self.buffers)
+        kept = kept.expand([b - a for a, b in spans])
+        return self._any_in_block(kept), ~self._any_in_block(~kept)
+
+    def _any_in_block(self, kept: Tensor) -> Tensor:
+        rows, columns = self.block
+        kept = F.pad(kept, (0, -kept.shape[3] % columns, 0, -kept.shape[2] % rows))
+        blocks = kept.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
+        return blocks.any(-1).any(3)
 
 
 def _differ(check: BlockCheck, because: str) -> UnsupportedAttentionError:

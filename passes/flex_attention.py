@@ -6,6 +6,7 @@ Invariant: the result is that of the fused kernels, rows that see no key include
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,9 +49,10 @@ def write_flex_attention(
     q, k, v, score_mod, block_mask, scale, _, *buffers = arguments
     score_buffers, mask_buffers = (*buffers, (), ())[:2]
     device = q.device.type
-    if flex_is_autocast() and torch.is_autocast_enabled(device):
+    is_lowered = torch.is_autocast_enabled(device)
+    if is_lowered and flex_is_autocast():
         q, k, v = (_lower(x, torch.get_autocast_dtype(device)) for x in (q, k, v))
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(device, enabled=False) if is_lowered else nullcontext():
         k, v = (_repeat(x, q) for x in (k, v))
         wide = torch.float64 if q.dtype is torch.float64 else torch.float32
         scores = q.to(wide) @ k.to(wide).mT * scale

@@ -97,13 +97,13 @@ def _build_check(
     given = node.args[8] if len(node.args) > 8 else ()  # noqa: PLR2004 - its place
     lists = [None if x is None else scope.find_input(x) for x in mask.lists]
     buffers = [scope.find_input(x) for x in given]
-    lengths = [_find_length(scope, x) for x in mask.lengths]
+    sizes = [_find_size(scope, x) for x in (*mask.lengths, *mask.block)]
     missing = [
         x
         for x, found in zip((*mask.lists, *given), (*lists, *buffers), strict=True)
         if x is not None and found is None
     ]
-    if missing or None in lengths:
+    if missing or None in sizes:
         raise _refuse(
             node,
             "its block mask, or what that reads, is made in the graph, and not by"
@@ -114,18 +114,18 @@ def _build_check(
         _check_batch(node, values, shape)
     return BlockCheck(
         tuple(None if x is None else Input(x) for x in lists),
-        (lengths[0], lengths[1]),
-        values.block,
+        (sizes[0], sizes[1]),
+        (sizes[2], sizes[3]),
         values.mask_mod if has_rule else None,
         tuple(Input(x) for x in buffers if x is not None),
         where(node),
     )
 
 
-def _find_length(scope: Scope, length: Any) -> int | Input | None:  # noqa: ANN401
-    if isinstance(length, int):
-        return length
-    found = scope.find_input(length)
+def _find_size(scope: Scope, size: Any) -> int | Input | None:  # noqa: ANN401
+    if isinstance(size, int):
+        return size
+    found = scope.find_input(size)
     return None if found is None else Input(found)
 
 

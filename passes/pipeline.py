@@ -44,7 +44,7 @@ from ringcompile.passes.regions import Refusal, Region
 from ringcompile.passes.rewrite import Gathered, Sharding, rewrite
 from ringcompile.passes.scorers import insert_scorers
 from ringcompile.passes.shadow import find_baked, find_opaque, trace_shadow
-from ringcompile.passes.text import format_graph
+from ringcompile.passes.text import format_graph, format_target
 from ringcompile.patterns import AttentionSpec, Pattern
 from ringcompile.patterns.base import find_segment
 from ringcompile.plan.choose import Crossing, choose_layout
@@ -201,7 +201,7 @@ def _find_regions(made: Rewritten) -> tuple[Region, ...]:
         found = find_attention(made.gm)
     made.refusals = tuple(f for f in found if isinstance(f, Refusal))
     made.graph_text = "\n".join(
-        f"{node.name} {node.target} {node.args} {node.kwargs}"
+        f"{node.name} {format_target(node.target)} {node.args} {node.kwargs}"
         for node in made.gm.graph.nodes
     )
     return tuple(f for f in found if isinstance(f, Region))

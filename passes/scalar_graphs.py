@@ -52,7 +52,7 @@ def check_scalars(gm: GraphModule, num_scalars: int) -> None:
 
 
 def run_scalars(
-    gm: GraphModule, scalars: Sequence[Tensor], buffers: Sequence[Tensor]
+    gm: GraphModule, scalars: Sequence[Tensor], buffers: Sequence[object]
 ) -> Tensor:
     """The graph's result for all elements of tensors that broadcast."""
     result = _Broadcasting(gm, garbage_collect_values=False).run(*scalars, *buffers)

@@ -64,10 +64,11 @@ class Dense(Heads):
     """The same with a dense mask."""
 
     def __init__(self, kept: Tensor, kv_heads: int = H) -> None:
-        super().__init__(partial(_attend_dense, kept=kept), kv_heads)
+        super().__init__(partial(attend_dense, kept=kept), kv_heads)
 
 
-def _attend_dense(q: Tensor, k: Tensor, v: Tensor, *, kept: Tensor) -> Tensor:
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, kept: Tensor) -> Tensor:
+    """Attention with a dense mask; a query without keys gives 0."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = (q @ k.mT * D**-0.5).masked_fill(~kept, -torch.inf)
     weights = scores.softmax(-1).masked_fill(~kept.any(-1, keepdim=True), 0)
@@ -194,7 +195,7 @@ def _attend_by_mask(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:  # no
 
 
 def _attend_by_kept(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
-    return _attend_dense(q, k, v, kept=kept)
+    return attend_dense(q, k, v, kept=kept)
 
 
 def listed_rows() -> BlockMask:
@@ -247,7 +248,7 @@ TABLE = (
         "cross",
         lambda: Cross(partial(flex_attention, block_mask=make_mask(causal, KV_LEN=10))),
         ("memory",),
-        like=lambda: Cross(partial(_attend_dense, kept=show(causal, S, 10))),
+        like=lambda: Cross(partial(attend_dense, kept=show(causal, S, 10))),
     ),
     Spelling(
         "checkpoint",
