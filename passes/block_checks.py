@@ -72,29 +72,50 @@ def check_blocks_at_calls(
 
 
 class _Watched:
-    """A check, and the tensors for which it held last."""
+    """A check, and the inputs for which it held last."""
 
     def __init__(self, check: BlockCheck) -> None:
         self._check = check
-        self._held: tuple[tuple[weakref.ref[Tensor], int], ...] = ()
+        self._held: tuple[_Mark, ...] = ()
+        inputs = (*check.lists, *check.buffers, *check.lengths, *check.block)
+        self._numbers = [i.number for i in inputs if isinstance(i, Input)]
 
     def check(self, args: Sequence[object]) -> None:
-        """Compare, unless tensors are those of the last time, unchanged."""
-        inputs = (*self._check.lists, *self._check.buffers)
-        tensors = [args[i.number] for i in inputs if i is not None]
-        found = [x for x in tensors if isinstance(x, Tensor)]
-        if self._is_known(found):
+        """Compare, unless the inputs are those of the last time, unchanged."""
+        given = [args[number] for number in self._numbers]
+        if len(self._held) == len(given) and all(
+            mark.fits(x) for mark, x in zip(self._held, given, strict=True)
+        ):
             return
         with torch.no_grad():
             check_blocks(self._check, args)
-        if not any(x.is_inference() for x in found):  # those count no versions
-            self._held = tuple((weakref.ref(x), x._version) for x in found)  # noqa: SLF001
+        self._held = tuple(map(_Mark.of, given))
 
-    def _is_known(self, tensors: Sequence[Tensor]) -> bool:
-        return len(self._held) == len(tensors) and all(
-            known() is x and version == x._version  # noqa: SLF001
-            for (known, version), x in zip(self._held, tensors, strict=True)
-        )
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """By which an input is known again: a tensor that nobody wrote to, or a number."""
+
+    tensor: weakref.ref[Tensor] | None
+    value: object
+
+    @classmethod
+    def of(cls, given: object) -> "_Mark":
+        if not isinstance(given, Tensor):
+            return cls(None, given)
+        return cls(weakref.ref(given), _version_of(given))
+
+    def fits(self, given: object) -> bool:
+        if self.tensor is None:
+            return not isinstance(given, Tensor) and bool(self.value == given)
+        is_same = self.tensor() is given and isinstance(given, Tensor)
+        return is_same and self.value is not None and self.value == _version_of(given)
+
+
+def _version_of(x: object) -> int | None:
+    """How often a tensor was written to; None if that isn't counted."""
+    assert isinstance(x, Tensor), "only tensors are written to"
+    return None if x.is_inference() else x._version  # noqa: SLF001
 
 
 def check_blocks(check: BlockCheck, args: Sequence[object]) -> None:
@@ -187,7 +208,8 @@ class _Rule:
         rows, columns = self.block
         kept = F.pad(kept, (0, -kept.shape[3] % columns, 0, -kept.shape[2] % rows))
         blocks = kept.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
-        return blocks.any(-1).any(3)
+        any_: Tensor = blocks.any(-1).any(3)
+        return any_
 
 
 def _differ(check: BlockCheck, because: str) -> UnsupportedAttentionError:

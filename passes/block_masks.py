@@ -157,7 +157,8 @@ def _takes_as_list(
     if not isinstance(target, HigherOrderOperator):
         return False
     if target.name() == FLEX:
-        others = (*user.args[:4], *user.args[5:], user.args[4][:2], user.args[4][-3:])
+        args: tuple[Any, ...] = user.args
+        others = (*args[:4], *args[5:], args[4][:2], args[4][-3:])
         return node not in _nodes_in(others)
     first = bodies.get(target.name())
     if first is None or not isinstance(user.args[0], Node):
@@ -174,7 +175,7 @@ def _takes_as_list(
     )
 
 
-def _nodes_in(value: object) -> set[Node]:
+def _nodes_in(value: Any) -> set[Node]:  # noqa: ANN401
     found: set[Node] = set()
     torch.fx.node.map_arg(value, found.add)
     return found
@@ -236,7 +237,8 @@ def follow_from_mask(
 
 
 def _value(size: Any) -> Size:  # noqa: ANN401
-    return size.meta["example_value"] if isinstance(size, Node) else size
+    value: Size = size.meta["example_value"] if isinstance(size, Node) else size
+    return value
 
 
 def _find_dense(lists: Sequence[Any], block: tuple[int, int]) -> Node | None:
@@ -260,7 +262,7 @@ def _find_dense(lists: Sequence[Any], block: tuple[int, int]) -> Node | None:
     return _find_summed(sums[0], block)
 
 
-def _find_blocks(numbers: Any, indices: Any) -> Node | None:  # noqa: ANN401
+def _find_blocks(numbers: Any, indices: Any) -> Any:  # noqa: ANN401
     """Which blocks are listed, a bool for each."""
     counted = _climb(numbers, "to", "sum", "to", "to")
     sorted_ = _climb(indices, "to", "argsort", "to", "to")
@@ -271,7 +273,7 @@ def _find_blocks(numbers: Any, indices: Any) -> Node | None:  # noqa: ANN401
     return counted if is_last and _argument(order, 2, "descending") is True else None
 
 
-def _read_sums(partial: Node, block: tuple[int, int]) -> Any:  # noqa: ANN401
+def _read_sums(partial: Any, block: tuple[int, int]) -> Any:  # noqa: ANN401
     """How much each block keeps, of which partial ones were told."""
     if _is_call(partial, "gt", 1, 0):
         return partial.args[0]
@@ -283,7 +285,7 @@ def _read_sums(partial: Node, block: tuple[int, int]) -> Any:  # noqa: ANN401
     return some.args[0] if is_both and some.args[0] is not_all.args[0] else None
 
 
-def _find_summed(sums: Node, block: tuple[int, int]) -> Node | None:
+def _find_summed(sums: Any, block: tuple[int, int]) -> Node | None:  # noqa: ANN401
     padded = _climb(sums, "sum", "permute", "view")
     if padded is None or not _is_call(padded, "pad"):
         return None
@@ -294,10 +296,12 @@ def _find_summed(sums: Node, block: tuple[int, int]) -> Node | None:
         return None
     if (shape[3], shape[5]) != block:
         return None
-    dense, pad, *rest = padded.args
+    args: tuple[Any, ...] = padded.args
+    dense, pad, *rest = args
     is_behind = len(pad) == 4 and pad[0] == pad[2] == 0  # noqa: PLR2004 - of two dims
     is_zero = rest in ([], ["constant"], ["constant", None], ["constant", 0])
-    return dense if is_behind and is_zero and not padded.kwargs else None
+    is_plain = is_behind and is_zero and not padded.kwargs
+    return dense if is_plain and isinstance(dense, Node) else None
 
 
 def _climb(node: Any, *names: str) -> Node | None:  # noqa: ANN401
@@ -356,7 +360,8 @@ class _Recipe:
             if name_of(step) in MAKERS:
                 self._used[step] = frozenset()
                 continue
-            own = [step.args[2]] if _is_call(step, "add_batch_dim") else []
+            args: tuple[Any, ...] = step.args
+            own = [args[2]] if _is_call(step, "add_batch_dim") else []
             above = [self._used[x] for x in step.all_input_nodes]
             self._used[step] = frozenset(own).union(*above)
         return self._used[node]

@@ -113,7 +113,9 @@ def _read_blocks(listed: ListedBlocks, positions: Sequence[Tensor]) -> Tensor:
         x if size == x.numel() else x * 0
         for x, size in zip((b, h), sizes[:2], strict=True)
     )
-    return aten.index(table, [b, h, q // listed.block[0], k // listed.block[1]])
+    at = [b, h, q // listed.block[0], k // listed.block[1]]
+    kept: Tensor = aten.index(table, at)
+    return kept
 
 
 def build_table(lists: Sequence[Tensor | None], num_columns: int) -> Tensor:
@@ -143,7 +145,7 @@ def _build_table(numbers: Tensor, indices: Tensor, num_columns: int) -> Tensor:
 def _lay_out_like(q: Tensor, out: Tensor) -> Tensor:
     """The same in memory as Q, its features last."""
     *lead, features = range(out.ndim)
-    order = [*sorted(lead, key=lambda d: -q.stride(d)), features]
+    order = [*sorted(lead, key=q.stride, reverse=True), features]
     if order == sorted(order):
         return out
     return out.permute(order).contiguous().permute([order.index(d) for d in range(4)])

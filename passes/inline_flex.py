@@ -48,10 +48,10 @@ def inline_flex(
     """
     _check_graphs(node, args)
     _check_statistics(node, args[6])
-    mask, values = BlockMask.read(node.args[4]), BlockMask.read(args[4])
+    mask, buffers = _read_mask(node)
+    values = BlockMask.read(args[4])
     if is_whole(mask, scope):
         return write_flex_attention(args, None), None
-    buffers = node.args[8] if len(node.args) > 8 else ()  # noqa: PLR2004 - its place
     if follow_from_mask(mask, buffers, scope, args[0].shape[:2]):
         return write_flex_attention(args, None), None
     listed = None
@@ -59,6 +59,12 @@ def inline_flex(
         listed = ListedBlocks(values.lists, values.block)
     check = _build_check(node, scope, values, (args[0].shape, listed is None))
     return write_flex_attention(args, listed), check
+
+
+def _read_mask(node: Node) -> tuple[BlockMask, tuple[Any, ...]]:
+    """The block mask in nodes, and what its mask_mod reads."""
+    args: tuple[Any, ...] = node.args
+    return BlockMask.read(args[4]), tuple(args[8]) if len(args) > 8 else ()  # noqa: PLR2004 - its place
 
 
 def _check_graphs(node: Node, args: Sequence[Any]) -> None:
@@ -93,17 +99,17 @@ def _build_check(
 ) -> BlockCheck:
     """What must hold of lists that are passed in, of scores of this shape."""
     shape, has_rule = scores
-    mask = BlockMask.read(node.args[4])
-    given = node.args[8] if len(node.args) > 8 else ()  # noqa: PLR2004 - its place
+    mask, given = _read_mask(node)
     lists = [None if x is None else scope.find_input(x) for x in mask.lists]
     buffers = [scope.find_input(x) for x in given]
-    sizes = [_find_size(scope, x) for x in (*mask.lengths, *mask.block)]
+    found = [_find_size(scope, x) for x in (*mask.lengths, *mask.block)]
+    sizes = [x for x in found if x is not None]
     missing = [
         x
         for x, found in zip((*mask.lists, *given), (*lists, *buffers), strict=True)
         if x is not None and found is None
     ]
-    if missing or None in sizes:
+    if missing or len(sizes) < len(found):
         raise _refuse(
             node,
             "its block mask, or what that reads, is made in the graph, and not by"

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import SymFloat, SymInt, Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 aten = torch.ops.aten
@@ -153,7 +153,9 @@ def is_elementwise(name: str, others: frozenset[str] = frozenset()) -> bool:
 
 def _is_scalar(node: Node) -> bool:
     value = node.meta.get("example_value")
-    return isinstance(value, Tensor) and value.ndim == 0
+    if isinstance(value, Tensor):
+        return value.ndim == 0
+    return isinstance(value, int | float | SymInt | SymFloat)
 
 
 def _check_read(node: Node, tensors: set[Node]) -> None:
@@ -168,7 +170,9 @@ def _check_read(node: Node, tensors: set[Node]) -> None:
 
 def _is_integer(node: Node) -> bool:
     value = node.meta.get("example_value")
-    return _is_scalar(node) and value.dtype in {torch.int32, torch.int64}
+    if not isinstance(value, Tensor) or value.ndim:
+        return False
+    return value.dtype in {torch.int32, torch.int64}
 
 
 def _as_tuple(index: Any) -> tuple[Any, ...]:  # noqa: ANN401
@@ -201,7 +205,8 @@ def _finish(value: object) -> object:
     """The element that is read, once all dims are given."""
     if not isinstance(value, _Part) or len(value.index) < value.x.ndim:
         return value
-    x, places = value.x, []
+    x = value.x
+    places: list[Any] = []
     for dim in reversed(range(x.ndim)):
         at = value.index[dim]
         if isinstance(at, int):

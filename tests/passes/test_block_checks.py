@@ -53,6 +53,15 @@ def behind(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
     return (i >= j) & (i - j <= 6)
 
 
+def full_blocks() -> tuple[Tensor, Tensor]:
+    """Number and indices of the full blocks of a causal mask."""
+    mask = make_mask(causal)
+    numbers, indices = mask.full_kv_num_blocks, mask.full_kv_indices
+    assert numbers is not None
+    assert indices is not None
+    return numbers, indices
+
+
 def with_full(numbers: Tensor, indices: Tensor) -> BlockMask:
     """A causal mask whose full blocks are given."""
     mask = make_mask(causal)
@@ -93,18 +102,16 @@ def test_full_blocks_of_which_the_rule_drops_keys() -> None:
 
 
 def test_full_blocks_ahead_of_a_causal_rule() -> None:
-    mask = make_mask(causal)
-    numbers, indices = mask.full_kv_num_blocks.clone(), mask.full_kv_indices.clone()
+    numbers, indices = (x.clone() for x in full_blocks())
     numbers[0, 0, 0], indices[0, 0, 0, 0] = 1, 2
     with pytest.raises(UnsupportedAttentionError, match="queries from 0, keys from 8"):
         compile_checks(attend)(with_full(numbers, indices))
 
 
 def test_blocks_listed_twice() -> None:
-    mask = make_mask(causal)
-    indices = torch.zeros_like(mask.full_kv_indices)
+    numbers, indices = full_blocks()
     with pytest.raises(UnsupportedAttentionError, match="listed twice"):
-        compile_checks(attend)(with_full(mask.full_kv_num_blocks, indices))
+        compile_checks(attend)(with_full(numbers, torch.zeros_like(indices)))
 
 
 def test_blocks_listed_as_partial_and_full() -> None:
@@ -185,3 +192,23 @@ def test_lists_made_in_the_graph_for_the_first_of_a_batch() -> None:
 def test_rules_that_see_more_than_one_scalar(rule: Any) -> None:  # noqa: ANN401
     with pytest.raises(Exception, match="isn't known to work on each scalar alone"):
         compile_checks(attend)(make_mask(rule, B=B))
+
+
+def test_a_window_that_changes_is_read_from_the_call() -> None:
+    def run(x: Tensor, mask: BlockMask, size: int) -> Tensor:
+        def inside(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (i >= j) & (i - j <= size * 2)
+
+        return flex_attention(x, x, x, block_mask=with_rule(mask, inside))
+
+    call = compile_checks(run)
+    mask = make_mask(causal)
+    for size in (1, 2, 3):
+
+        def inside(b: Tensor, h: Tensor, i: Tensor, j: Tensor, w: int = size) -> Tensor:
+            return (i >= j) & (i - j <= w * 2)
+
+        mask = make_mask(inside)
+        call(torch.ones(B, H, S, D), mask, size)
+    with pytest.raises(UnsupportedAttentionError, match="keeps keys in a block that"):
+        call(torch.ones(B, H, S, D), mask, 8)
