@@ -388,7 +388,8 @@ class _Recipe:
         return (name, *map(self.write, args), *((k, self.write(x)) for k, x in kwargs))
 
     def _write_position(self, node: Node) -> object:
-        positions, dim, level = node.args
+        args: tuple[Any, ...] = node.args
+        positions, dim, level = args
         starts = _is_call(positions, "arange") and positions.args[0] == 0
         is_plain = dim == 0 and starts and len(positions.args) == 2  # noqa: PLR2004
         return self._levels.get(level, node) if is_plain else node
