@@ -139,6 +139,46 @@ def attend_capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ v
 
 
+class LearnedScale(nn.Module):
+    """A learned factor for each head, which no ring carries."""
+
+    def __init__(self, *, is_flex: bool) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.linspace(0.5, 2, H))
+        self.heads = Heads(self._attend_flex if is_flex else self._attend_dense)
+
+    def _attend_flex(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        factor = self.factor
+
+        def scale(score: Scalar, b: Scalar, h: Scalar, i: Scalar, j: Scalar) -> Tensor:
+            return score * factor[h]
+
+        return flex_attention(q, k, v, score_mod=scale)
+
+    def _attend_dense(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q * self.factor[:, None, None], k, v)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads(x)  # type: ignore[no-any-return]
+
+
+LENGTHS = torch.tensor([S - 5, S])
+
+
+def attend_padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The block mask is made in the graph; queries of pads see nothing."""
+    lengths = LENGTHS.clone()
+
+    def inside(b: Scalar, h: Scalar, i: Scalar, j: Scalar) -> Tensor:
+        return (i < lengths[b]) & (j < lengths[b])
+
+    return flex_attention(q, k, v, block_mask=make_mask(inside, B=B))
+
+
+def inside_lengths(b: Scalar, h: Scalar, i: Scalar, j: Scalar) -> Tensor:
+    return (i < LENGTHS[b]) & (j < LENGTHS[b])
+
+
 # ---- other calls ---------------------------------------------------------------------
 
 
@@ -239,6 +279,16 @@ TABLE = (
         like=lambda: LearnedBias(is_flex=False),
     ),
     Spelling(
+        "learned scale",
+        lambda: LearnedScale(is_flex=True),
+        like=lambda: LearnedScale(is_flex=False),
+    ),
+    Spelling(
+        "padding, made in the graph",
+        lambda: Heads(attend_padded),
+        like=lambda: Dense(show(inside_lengths)),
+    ),
+    Spelling(
         "softcap, ALiBi, causal, scale",
         lambda: Given(make_mask(causal), score_mod=capped_alibi, scale=0.3),
         like=lambda: Heads(attend_capped),
@@ -262,7 +312,7 @@ TABLE = (
         like=lambda: Dense(show(seen_in_listed)),
     ),
 )
-"""Rows whose block mask is passed in; of one it is made in the graph."""
+"""Rows whose block mask is passed in; of some it is made in the graph."""
 
 
 def find_flex(name: str) -> Spelling:
