@@ -24,6 +24,7 @@ from ringcompile.passes.find_softmax import find_spelled
 from ringcompile.passes.op import Op, read_op, shape_of
 from ringcompile.passes.operands import Rows, find_heads, find_operands
 from ringcompile.passes.parts import Parts, Refused, check_dropout, check_lengths
+from ringcompile.passes.places import where
 from ringcompile.passes.read_added import (
     add_tensor,
     find_bias,
@@ -36,7 +37,6 @@ from ringcompile.passes.read_spelled import read_spelled
 from ringcompile.passes.read_values import Reader
 from ringcompile.passes.regions import BiasOperand, Refusal, Region
 from ringcompile.passes.sequences import mark_cross
-from ringcompile.passes.shadow import where
 from ringcompile.passes.symbolic import Size, Unreadable
 from ringcompile.passes.value_scalars import read_scalar
 

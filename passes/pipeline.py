@@ -18,21 +18,28 @@ from ringcompile.errors import ShardingError, UnsupportedAttentionError
 from ringcompile.ir.text import format_plan
 from ringcompile.mesh import Ranks
 from ringcompile.passes.autocast import spell_autocast
+from ringcompile.passes.block_checks import BlockCheck
 from ringcompile.passes.caches import CACHE_ADVICE, find_cache_outputs
 from ringcompile.passes.canonicalize import canonicalize
 from ringcompile.passes.choose_pattern import choose_patterns
 from ringcompile.passes.emitter import AxisLayout
 from ringcompile.passes.find_attention import find_attention
 from ringcompile.passes.op import read_op
+from ringcompile.passes.places import where
 from ringcompile.passes.plan_attentions import Attention, PlannedAttention, Planner
 from ringcompile.passes.propagate_layout import propagate_layout
 from ringcompile.passes.raise_attention import raise_attention
 from ringcompile.passes.regions import Refusal, Region
 from ringcompile.passes.rewrite import Gathered, Sharding, rewrite
 from ringcompile.passes.scorers import insert_scorers
-from ringcompile.passes.shadow import find_baked, find_opaque, trace_shadow, where
-from ringcompile.passes.sharded_inputs import LOCAL, Lengths, find_lengths
-from ringcompile.passes.text import format_graph
+from ringcompile.passes.shadow import find_baked, find_opaque, trace_shadow
+from ringcompile.passes.sharded_inputs import (
+    LOCAL,
+    Lengths,
+    find_lengths,
+    no_attention,
+)
+from ringcompile.passes.text import format_graph, format_target
 from ringcompile.torch_private import observe_pass, without_saved_tensor_hooks
 
 log = logging.getLogger(__name__)
@@ -52,6 +59,7 @@ class Rewritten:
         graph_text: every call of the graph before it is this rank's.
         draws: whether some op draws random numbers, so that ranks must agree on them.
         shards: names of the inputs that come as shards.
+        block_checks: what must hold of block lists that are passed in.
     """
 
     gm: GraphModule
@@ -63,6 +71,7 @@ class Rewritten:
     graph_text: str = ""
     draws: bool = False
     shards: frozenset[str] = frozenset()
+    block_checks: tuple[BlockCheck, ...] = ()
 
     @property
     def plan_hash(self) -> str:
@@ -98,21 +107,16 @@ def run_passes(
         UnsupportedAttentionError: an attention can't become a ring and
             ``unsupported="error"``.
     """
-    if (opaque := find_opaque(gm)) is not None:
-        return Rewritten(gm, notes=(_run_whole(opaque, options),))
-    with without_saved_tensor_hooks():
-        lengths = _find_lengths(gm, example_inputs, options, ranks)
-        made = Rewritten(trace_shadow(gm, example_inputs, lengths))
-    if (baked := find_baked(made.gm)) is not None:
-        return Rewritten(gm, notes=(_run_whole(baked, options),))
+    made, lengths = _trace(gm, example_inputs, options, ranks)
+    if made.notes:
+        return made
     _note(made, "shadow")
-    made.shards = frozenset(
-        n.name for n in made.gm.graph.find_nodes(op="placeholder") if LOCAL in n.meta
-    )
     made.draws = any(_draws(node) for node in made.gm.graph.nodes)
     regions = _find_regions(made)
     _refuse(made.refusals, options)
     if not regions:
+        if lengths is not None:
+            raise no_attention()
         return made
     chosen = choose_patterns(regions, made.refusals, options)
     made.notes = chosen.unused
@@ -129,8 +133,7 @@ def run_passes(
     }
     planner = Planner(options, ranks, sources)
     axes = planner.lay_out(placements, attentions)
-    if lengths is not None:
-        _require_whole_chunks(axes)
+    _require_whole_chunks(axes, lengths)
     plans = planner.plan(placements, attentions)
     made.attentions = tuple(plans.values())
     texts = {node: format_plan(planned.plan) for node, planned in plans.items()}
@@ -149,6 +152,40 @@ def run_passes(
     return made
 
 
+def _trace(
+    gm: GraphModule,
+    example_inputs: Sequence[object],
+    options: RingOptions,
+    ranks: Ranks,
+) -> tuple[Rewritten, Lengths | None]:
+    """The flat graph; one that can't be flat is given back with a note."""
+    if (opaque := find_opaque(gm)) is not None:
+        return Rewritten(gm, notes=(_run_whole(opaque, options),)), None
+    try:
+        with without_saved_tensor_hooks():
+            lengths = _find_lengths(gm, example_inputs, options, ranks)
+            made = Rewritten(trace_shadow(gm, example_inputs, lengths))
+    except UnsupportedAttentionError as e:  # to whose text fx adds a trace
+        error = UnsupportedAttentionError(
+            e.what, at=e.at, because=e.because, instead=e.instead
+        )
+        return Rewritten(gm, notes=(_warn_of_whole(error, options),)), None
+    if (baked := find_baked(made.gm)) is not None:
+        return Rewritten(gm, notes=(_run_whole(baked, options),)), None
+    made.block_checks = made.gm.meta["block_checks"]
+    if made.block_checks and lengths is not None:
+        raise ShardingError(
+            "block lists that are passed in",
+            at="the inputs",
+            because='with inputs="sharded" they are of this rank\'s rows alone',
+            instead="create_block_mask inside of what is compiled",
+        )
+    made.shards = frozenset(
+        n.name for n in made.gm.graph.find_nodes(op="placeholder") if LOCAL in n.meta
+    )
+    return made, lengths
+
+
 def _find_lengths(
     gm: GraphModule,
     example_inputs: Sequence[object],
@@ -162,9 +199,9 @@ def _find_lengths(
     return find_lengths(_find_regions(local), ranks.size)
 
 
-def _require_whole_chunks(axes: Sequence[AxisLayout]) -> None:
+def _require_whole_chunks(axes: Sequence[AxisLayout], lengths: Lengths | None) -> None:
     """Pads among the shards that ranks pass can't be told from tokens."""
-    for axis in axes:
+    for axis in axes if lengths is not None else ():
         if axis.window is None and axis.padded:
             raise ShardingError(
                 f"{axis.length} tokens as {axis.layout} shards",
@@ -188,7 +225,7 @@ def _find_regions(made: Rewritten) -> tuple[Region, ...]:
         found = find_attention(made.gm)
     made.refusals = tuple(f for f in found if isinstance(f, Refusal))
     made.graph_text = "\n".join(
-        f"{node.name} {node.target} {node.args} {node.kwargs}"
+        f"{node.name} {format_target(node.target)} {node.args} {node.kwargs}"
         for node in made.gm.graph.nodes
     )
     return tuple(f for f in found if isinstance(f, Region))
@@ -202,7 +239,11 @@ def _run_whole(opaque: Node, options: RingOptions) -> str:
         because="its own backward or policy can't be carried through the rewrite yet",
         instead="keep it out of what is compiled (torch.compiler.disable)",
     )
-    if options.unsupported == "error":
+    return _warn_of_whole(error, options)
+
+
+def _warn_of_whole(error: UnsupportedAttentionError, options: RingOptions) -> str:
+    if options.unsupported == "error" or options.inputs == "sharded":
         raise error
     said = f"runs whole on every rank: {error}"
     warnings.warn(said, stacklevel=2)

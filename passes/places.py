@@ -84,6 +84,12 @@ def find_place(node: Node) -> Place:
     return Place(_module_path(node), f"{file}:{line}", ":".join(frames[-1]))
 
 
+def where(node: Node) -> str:
+    """The user's ``file:line`` that made ``node``, and the node's name."""
+    line = find_place(node).line
+    return node.name if line == node.name else f"{line} ({node.name})"
+
+
 def _choose_frame(
     frames: Sequence[tuple[str, str]], module_file: str | None
 ) -> tuple[str, str]:

@@ -30,9 +30,9 @@ from ringcompile.passes.op import (
     read_op,
     shape_of,
 )
+from ringcompile.passes.places import where
 from ringcompile.passes.rules import find_rule
 from ringcompile.passes.rules.flow import Flow, Link
-from ringcompile.passes.shadow import where
 from ringcompile.passes.sharded_inputs import LOCAL
 from ringcompile.torch_private import size_expression, sizes_equal
 

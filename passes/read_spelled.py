@@ -260,6 +260,18 @@ def _check_weights(spelled: Spelled) -> None:
             because="a ring never holds the weights of all keys at once",
             instead="don't return or change the weights (output_attentions=False)",
         )
+    totals = [n for n in spelled.softmax.scores.users if _is_total(n)]
+    if totals and not spelled.softmax.inside:
+        raise Refused(
+            f"attention whose scores are also used by {totals[0].target}",
+            because="a ring never holds the scores of all keys at once",
+            instead="don't ask for the lse or the greatest score (return_aux)",
+        )
+
+
+def _is_total(node: Node) -> bool:
+    op = read_op(node)
+    return op is not None and op.packet in {aten.logsumexp, aten.amax}
 
 
 def _check_way(reader: Reader, spelled: Spelled) -> None:

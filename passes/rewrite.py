@@ -14,13 +14,13 @@ from torch.fx.node import Argument, map_arg
 from ringcompile.ops import RING_ATTENTION
 from ringcompile.passes.emitter import AxisLayout, Emitter
 from ringcompile.passes.op import Op, is_float, is_tensor, read_op, shape_of
+from ringcompile.passes.places import where
 from ringcompile.passes.propagate_layout import (
     SIZE_READERS,
     Decision,
     Placements,
     Shard,
 )
-from ringcompile.passes.shadow import where
 from ringcompile.passes.sharded_inputs import LOCAL
 from ringcompile.torch_private import (
     AUTOCAST_CALLS,

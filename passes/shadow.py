@@ -20,8 +20,11 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ringcompile.passes.block_checks import BlockCheck
+from ringcompile.passes.block_masks import FLEX, Scope, find_list_only
 from ringcompile.passes.composites import WRITTEN_OUT
-from ringcompile.passes.places import Move, find_place, innermost_module, move_modules
+from ringcompile.passes.inline_flex import inline_flex
+from ringcompile.passes.places import Move, innermost_module, move_modules
 from ringcompile.passes.sharded_inputs import LOCAL, Lengths
 from ringcompile.torch_private import (
     AUTOCAST_CALLS,
@@ -56,8 +59,13 @@ def trace_shadow(
     Returns:
         A flat graph with fake values in ``node.meta["val"]``, placeholders under their
         old names, ``meta["is_parameter"]`` and ``meta["requires_grad"]`` on them, and
-        ``meta[LOCAL]`` on those whose ``val`` is P times what the rank passes.
+        ``meta[LOCAL]`` on those whose ``val`` is P times what the rank passes. Its own
+        ``meta["block_checks"]`` are what must hold of inputs that are block lists.
+
+    Raises:
+        UnsupportedAttentionError: for a ``flex_attention`` that can't be written out.
     """
+    checks: list[BlockCheck] = []
     fake_mode, fakes = fake_inputs(gm, example_inputs)
     passed = fakes
     if lengths is not None:
@@ -66,7 +74,7 @@ def trace_shadow(
             fakes = [*map(lengths.scale, placeholders, fakes)]
     with fake_mode, fx_traceback.preserve_node_meta():
         shadow = make_fx(
-            _Inliner(gm).run,
+            _Inliner(gm, checks=checks).run,
             pre_dispatch=True,
             tracing_mode="real",
             _allow_non_fake_inputs=True,
@@ -79,6 +87,7 @@ def trace_shadow(
             node.meta[LOCAL] = own
     shadow.graph.eliminate_dead_code()
     shadow.recompile()
+    shadow.meta["block_checks"] = tuple(checks)
     return shadow
 
 
@@ -90,7 +99,7 @@ def find_opaque(gm: GraphModule) -> Node | None:
     """
     for node in gm.graph.nodes:
         target = node.target
-        if not isinstance(target, HigherOrderOperator):
+        if not isinstance(target, HigherOrderOperator) or target.name() == FLEX:
             continue
         body = node.args[0] if node.args else None
         if target.name() not in _INLINED or not isinstance(body, Node):
@@ -133,8 +142,15 @@ class _Inliner(Interpreter):
         tags: dict[str, object] | None = None,
         move: Move | None = None,
         homes: dict[GraphModule, str] | None = None,
+        *,
+        checks: list[BlockCheck],
+        scope: Scope | None = None,
     ) -> None:
         super().__init__(gm, garbage_collect_values=False)
+        self.checks = checks
+        self.scope = scope or Scope(gm)
+        self.node = next(iter(gm.graph.nodes))
+        self.skipped = find_list_only(gm, _INLINED)
         self.tags = tags or {}
         self.move = move
         # The module whose call of a body was traced: its name is on the body's nodes.
@@ -148,6 +164,12 @@ class _Inliner(Interpreter):
             while self.autocasts:  # of a trace that failed
                 self.autocasts.pop().__exit__(None, None, None)
 
+    def run_node(self, n: Node) -> Any:  # noqa: ANN401
+        if n in self.skipped:
+            return None
+        self.node = n
+        return super().run_node(n)
+
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
         with _meta(self.entries):
             return super().call_method(target, args, kwargs)
@@ -157,6 +179,10 @@ class _Inliner(Interpreter):
         with _meta(self.entries):
             if name in _INLINED and isinstance(args[0], GraphModule):
                 return self._inline(name, args, kwargs)
+            if name == FLEX:
+                outs, check = inline_flex(self.node, self.scope, args)
+                self.checks += [check] if check else []
+                return outs
             target = WRITTEN_OUT.get(target, target)
             if target in AUTOCAST_CALLS:
                 return self._switch_autocast(target, args)
@@ -199,7 +225,11 @@ class _Inliner(Interpreter):
             # One caller twice: with the same module inside or with another?
             move = Move(home if home != caller else "", caller)
         self.homes.setdefault(body, caller)
-        return _Inliner(body, tags, move, self.homes).run(*operands)
+        scope = Scope(body, self.scope, self.node.args[_INLINED[name] :])
+        inliner = _Inliner(
+            body, tags, move, self.homes, checks=self.checks, scope=scope
+        )
+        return inliner.run(*operands)
 
 
 @contextmanager
@@ -212,9 +242,3 @@ def _meta(entries: dict[str, object]) -> Iterator[None]:
     finally:
         fx_traceback.current_meta.clear()
         fx_traceback.current_meta.update(before)
-
-
-def where(node: Node) -> str:
-    """The user's ``file:line`` that made ``node``, and the node's name."""
-    line = find_place(node).line
-    return node.name if line == node.name else f"{line} ({node.name})"

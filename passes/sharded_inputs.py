@@ -90,15 +90,20 @@ def find_lengths(regions: Iterable[Region], cp_size: int) -> Lengths:
     """
     symbols = frozenset(_read_lengths(regions))
     if not symbols:
-        raise ShardingError(
-            "a graph without an attention that can be cut",
-            at="the whole graph",
-            because='with inputs="sharded" the attentions tell which dim is the'
-            " sequence, so what else mixes tokens here is not known",
-            instead="torch.compile a module that holds an attention, and leave the rest"
-            ' as it is; or inputs="replicated"',
-        )
+        raise no_attention()
     return Lengths(symbols, cp_size)
+
+
+def no_attention() -> ShardingError:
+    """Why a graph of shards needs a ring."""
+    return ShardingError(
+        "a graph without an attention that can be cut",
+        at="the whole graph",
+        because='with inputs="sharded" the attentions tell which dim is the'
+        " sequence, so what else mixes tokens here is not known",
+        instead="torch.compile a module that holds an attention, and leave the rest"
+        ' as it is; or inputs="replicated"',
+    )
 
 
 def _read_lengths(regions: Iterable[Region]) -> Iterator[sympy.Symbol]:

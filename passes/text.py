@@ -32,10 +32,11 @@ def _format_node(node: Node) -> str:
         return f"{left} = self.{node.target}"
     args = [_format_argument(a) for a in node.args]
     args += [f"{k}={_format_argument(v)}" for k, v in node.kwargs.items()]
-    return f"{left} = {_format_target(node.target)}({', '.join(args)})"
+    return f"{left} = {format_target(node.target)}({', '.join(args)})"
 
 
-def _format_target(target: object) -> str:
+def format_target(target: object) -> str:
+    """The name of what a node calls, the same in every process."""
     if isinstance(target, OpOverload):
         overload = target._overloadname  # noqa: SLF001
         packet = str(target.overloadpacket)

@@ -21,6 +21,7 @@ from ringcompile.lowering.inductor import (
 )
 from ringcompile.mesh import Ranks, find_ranks
 from ringcompile.passes.artifacts import emit_artifacts
+from ringcompile.passes.block_checks import check_blocks_at_calls
 from ringcompile.passes.pipeline import Rewritten, run_passes
 from ringcompile.passes.scale_parameters import scale_parameters
 from ringcompile.plan.check import check_schedule
@@ -76,6 +77,7 @@ def ring(
 
     require_kernel(chosen.kernel, example_inputs)
     compiled = compile_with_inductor(made.gm, example_inputs, inductor_patches(patches))
+    compiled = check_blocks_at_calls(compiled, made.block_checks)
     return agree_at_first_call(compiled, made, gm, ranks, timeout_s=chosen.timeout_s)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import sympy
 import torch
 from torch import SymInt, Tensor, nn
+from torch._C import DispatchKey
 from torch._C._distributed_c10d import AllgatherOptions, Work, _register_work
 from torch._guards import TracingContext
 from torch._logging._internal import trace_structured
@@ -36,6 +37,9 @@ EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast  # noqa: SLF001
 """The call by which it leaves what that returned."""
 
 AUTOCAST_CALLS = frozenset({ENTER_AUTOCAST, EXIT_AUTOCAST})
+
+WHOLE_BLOCK = 1 << 30
+"""Tokens in the one block of ``flex_attention`` without a block mask."""
 
 WAIT_TENSOR = torch.ops._c10d_functional.wait_tensor.default  # noqa: SLF001
 """The op that ends communication."""
@@ -108,6 +112,20 @@ def find_running_modules() -> tuple[nn.Module, ...]:
             found += [module] if isinstance(module, nn.Module) else []
         frame = frame.f_back
     return tuple(reversed(found)) if frame is not None else ()
+
+
+def is_vmap_call(target: object) -> bool:
+    """Whether a call of a Dynamo graph starts, ends or maps over a dim of ``vmap``."""
+    return getattr(target, "__module__", "") == "torch._functorch.predispatch"
+
+
+def flex_is_autocast() -> bool:
+    """Whether autocast changes the operands of ``flex_attention``: not before 2.12."""
+    from torch._higher_order_ops.flex_attention import (  # noqa: PLC0415
+        flex_attention,
+    )
+
+    return DispatchKey.AutocastCPU in flex_attention.py_kernels
 
 
 def is_split_by_ddp() -> bool:

@@ -11,8 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ringcompile.config import RingOptions
+from ringcompile.mesh import Ranks
 from ringcompile.passes.autocast import spell_autocast
 from ringcompile.passes.find_attention import find_attention
+from ringcompile.passes.pipeline import run_passes
 from ringcompile.passes.regions import Region
 from ringcompile.passes.shadow import trace_shadow
 
@@ -111,3 +114,23 @@ def test_double_and_a_mode_that_is_off_are_left() -> None:
         torch._dynamo.reset()
         with torch.autocast("cpu", torch.bfloat16):
             torch.compile(fn, backend=keep)(*(x.to(dtype) for x in make_qkv()))
+
+
+def test_the_text_that_ranks_compare_has_no_addresses() -> None:
+    def keep(gm: GraphModule, given: list[Tensor]) -> Callable[..., Any]:
+        texts.append(
+            run_passes(
+                gm, given, options=RingOptions(), ranks=Ranks(), sources=""
+            ).graph_text
+        )
+        return gm.forward
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return spelled(q, k, v)
+
+    texts: list[str] = []
+    torch.compiler.reset()
+    torch.compile(call, backend=keep)(*make_qkv())
+    assert "_enter_autocast" in texts[0]
+    assert " at 0x" not in texts[0]

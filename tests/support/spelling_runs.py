@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from support.compiling import Record, compile_ring
+from support.flex import trained_on_cpu
+from support.flex_cases import find_flex
 from support.lookalikes import alone, beside_attention
 from support.spellings import Spelling, build_spelling, find_spelling, make_inputs
 from support.spine_models import Float64
@@ -25,7 +27,7 @@ def run_named(
     Args:
         group: the ranks.
         rank: this one.
-        table: ``spelling``; or ``alone`` or ``beside`` an attention for look-alikes.
+        table: ``spelling`` or ``flex``; or ``alone`` or ``beside`` an attention for look-alikes.
         name: of the row.
     """
     return run_rank(group, rank, _TABLES[table](name), "eager")
@@ -33,6 +35,7 @@ def run_named(
 
 _TABLES: dict[str, Callable[[str], Spelling]] = {
     "spelling": find_spelling,
+    "flex": find_flex,
     "alone": alone,
     "beside": beside_attention,
 }
@@ -42,7 +45,7 @@ def run_rank(
     group: ProcessGroup, rank: int, spelling: Spelling, compiler: str
 ) -> tuple[Record, list[str]]:
     """The same for any row and compiler, without a warning."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), trained_on_cpu():
         warnings.simplefilter("ignore")
         return _run_rank(group, spelling, compiler)
 

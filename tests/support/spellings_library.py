@@ -204,7 +204,6 @@ def of_flex(
         f"flex_attention: {name}",
         lambda: Heads(attend),
         inputs,
-        has_gradients=False,
         like=lambda: Heads(like),
     )
 

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 import ringcompile
 from ringcompile.config import RingOptions
-from ringcompile.errors import OptionError, RankMismatchError, ShardingError
+from ringcompile.errors import OptionError, RankMismatchError, RingCompileError
 from ringcompile.mesh import Ranks
 from ringcompile.passes.pipeline import run_passes
 
@@ -242,11 +242,33 @@ def no_attention(x: Tensor) -> Tensor:
     return x - x.mean(1, keepdim=True)
 
 
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ANN401
+        return grad * 2
+
+
+def own_function(x: Tensor) -> Tensor:
+    doubled: Tensor = Doubled.apply(x)  # type: ignore[no-untyped-call]
+    return attend(doubled)
+
+
+def fully_refused(x: Tensor) -> Tensor:
+    weights = torch.softmax(x @ x.mT, -1)
+    return weights @ x + weights.sum()
+
+
 REFUSED: list[tuple[Callable[..., Tensor], list[tuple[int, ...]], bool, str]] = [
     (attend, [(2, 6, WIDTH)], False, "dynamic=True"),
     (attend, [(2, 6, WIDTH), (6, 6)], True, "a mask over all pairs"),
     (attend, [(6, 6, WIDTH)], True, "one dim holds the rank's rows"),
     (no_attention, [(2, 6, WIDTH)], True, "without an attention"),
+    (fully_refused, [(2, 6, WIDTH)], True, "without an attention"),
+    (own_function, [(2, 6, WIDTH)], True, "a graph with"),
     (attend, [(2, 7, WIDTH)], True, "pad the sequence before ringcompile.shard"),
 ]
 
@@ -263,9 +285,9 @@ def test_what_is_not_known_of_shards_is_refused(
     torch._dynamo.reset()  # the same function, compiled for other shapes
     compiled = torch.compile(call, backend=compile_graph, dynamic=dynamic)
     with pytest.raises(BackendCompilerFailed) as caught:
-        compiled(*map(torch.randn, shapes))
+        compiled(*(torch.randn(shape, requires_grad=True) for shape in shapes))
     error = caught.value.inner_exception
-    assert isinstance(error, ShardingError)
+    assert isinstance(error, RingCompileError)
     assert text in str(error)
 
 

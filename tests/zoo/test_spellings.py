@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from support.flex import trained_on_cpu
 from support.ranks import RankPool
 from support.spelling_runs import make_call, run_named
 from support.spellings import Spelling, all_spellings
@@ -41,13 +42,6 @@ GATHERED = {
     "difference of weights": "weights are also used by",
     "heads in groups, einsum": "result is made by aten.einsum",
     "one head of K and V, flat queries": "softmax over dim 3 of 4",
-    "flex_attention: dense": "",
-    "flex_attention: causal": "",
-    "flex_attention: window": "",
-    "flex_attention: documents": "",
-    "flex_attention: ALiBi": "",
-    "flex_attention: softcap": "",
-    "flex_attention: causal by score_mod": "",
 }
 RINGS = [s for s in ALL if s.name not in GATHERED]
 
@@ -61,7 +55,7 @@ def test_names_are_unique() -> None:
 @pytest.mark.parametrize("spelling", ALL, ids=str)
 def test_explain_says_what_becomes_of_it(spelling: Spelling) -> None:
     model, inputs = make_call(spelling, torch.float32)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), trained_on_cpu():
         warnings.simplefilter("ignore")  # what is gathered is told in the report
         report = ringcompile.explain(model, *inputs.values(), world_size=2)
     reasons = [a.reason for a in report.attentions if a.status != "ring"]
