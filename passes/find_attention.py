@@ -141,11 +141,13 @@ def _find_empty_row(parts: Parts, *, may_be_empty: bool) -> EmptyRow:
     """What a query gives that has no key, or only keys whose bias is -inf."""
     if parts.score.sinks is not None or not (may_be_empty or parts.score.biases):
         return EmptyRow.ZERO  # a sink is a key
+    if parts.empty_row is not None:
+        return parts.empty_row
     if parts.infinite is None:
         raise Refused(
-            "attention with a softmax spelled as exp and sum",
+            "attention with a softmax spelled out, or weights that are masked again",
             because="a query may have no key, and what it then gives is left to chance",
-            instead="call torch.softmax, or keep at least one key for each query",
+            instead="call torch.softmax alone, or keep at least one key for each query",
         )
     return parts.score.empty_row(parts.infinite) if may_be_empty else parts.infinite
 

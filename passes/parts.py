@@ -40,6 +40,7 @@ class Parts:
             keys gives what no ring can.
         dropout: share of weights that are dropped.
         transposed: whether the output is a view of ``(B, H, E, S)``.
+        empty_row: what a query without keys gives, however they were dropped, if known.
     """
 
     output: Node
@@ -51,6 +52,7 @@ class Parts:
     infinite: EmptyRow | None
     dropout: float = 0.0
     transposed: bool = False
+    empty_row: EmptyRow | None = None
 
 
 def check_dropout(rate: float) -> float:

@@ -37,9 +37,7 @@ def _replace(graph: Graph, index: int, region: Region) -> Node:
         )
         seeds = [_write_seed(graph, q)] if region.dropout else []
         biases = [_write_bias(graph, bias, q) for bias in region.biases]
-        sinks = region.sinks
-        if sinks is not None:
-            sinks = _view(graph, sinks, (region.q.shape[1],))
+        sinks = _write_sinks(graph, region, q)
         args = (q, k, v, [*region.captures, *seeds], biases, sinks)
         call = graph.call_function(RING_ATTENTION, args, {"plan": f"attention {index}"})
         _set_value(call, output, (*region.q.shape[:3], region.v.shape[3]))
@@ -62,6 +60,24 @@ def _write_seed(graph: Graph, q: Node) -> Node:
         {"dtype": torch.int64, "device": value.device},
     )
     node.meta["val"] = value.new_empty((1,), dtype=torch.int64)
+    return node
+
+
+def _write_sinks(graph: Graph, region: Region, q: Node) -> Node | None:
+    """A number for each head."""
+    sinks, heads = region.sinks, region.q.shape[1]
+    if sinks is None:
+        return None
+    if isinstance(sinks, Node):
+        return _view(graph, sinks, (heads,))
+    value = q.meta["val"]
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    node = graph.call_function(
+        aten.full.default,
+        ([_write_size(graph, q, heads)], sinks),
+        {"dtype": dtype, "device": value.device},
+    )
+    node.meta["val"] = value.new_empty((heads,), dtype=dtype)
     return node
 
 

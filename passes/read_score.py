@@ -57,7 +57,8 @@ class Score:
         cap: factor of the tanh of the scaled product; None if no tanh was taken.
         biases: what was added.
         shifted: whether each query's largest score was taken off.
-        sinks: the node of ``(H,)`` scores of one more key, whose value is 0.
+        sinks: the score of one more key, whose value is 0: a node of ``(H,)``, or one
+            number for all heads.
     """
 
     scale: float
@@ -66,7 +67,7 @@ class Score:
     dtype: torch.dtype = torch.float32
     cap: float | None = None
     biases: tuple[BiasTerm, ...] = ()
-    sinks: Node | None = None
+    sinks: Node | float | None = None
     shifted: bool = False
 
     @property
@@ -132,7 +133,7 @@ class Score:
         """Each query's largest score taken off all of its scores."""
         return replace(self, shifted=True)
 
-    def sink(self, node: Node) -> "Score":
+    def sink(self, node: Node | float) -> "Score":
         """One more key for each head."""
         self._check_no_sink()
         if self.shifted:

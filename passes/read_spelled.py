@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from ringcompile.ir.mask import negate
 from ringcompile.passes.coordinates import COLUMN, ROW, Grid, align, climb
-from ringcompile.passes.find_softmax import Spelled, is_own_max, moves_elements
+from ringcompile.passes.find_softmax import Spelled, hides, moves_elements
 from ringcompile.passes.op import Op, read_op, shape_of
 from ringcompile.passes.operands import (
     NOT_FOLLOWED,
@@ -31,7 +31,9 @@ from ringcompile.passes.read_added import (
 )
 from ringcompile.passes.read_score import Score
 from ringcompile.passes.read_sink import add_sink
+from ringcompile.passes.read_softmax import is_own_max
 from ringcompile.passes.read_values import Reader
+from ringcompile.passes.read_zeros import drop_zeros, settle_refilled
 from ringcompile.passes.symbolic import Unreadable
 from ringcompile.passes.value_scalars import holds_tensor, read_scalar
 from ringcompile.torch_private import sizes_equal
@@ -81,7 +83,8 @@ def read_spelled(reader: Reader, spelled: Spelled) -> Parts:
     output = spelled.outputs[0]
     dropout = _read_dropout(spelled)
     result = _read_result(spelled, output)
-    index = _climb_to_softmax(spelled, result)
+    way_out = list(_climb_to_softmax(spelled, result))
+    index = way_out[-1][1]
     _check_softmax(spelled, index)
     way = list(_climb_to_product(spelled, index, result.grid))
     product, at = way[-1]
@@ -91,6 +94,7 @@ def read_spelled(reader: Reader, spelled: Spelled) -> Parts:
     for (below, _), (node, here) in pairwise(way[::-1]):
         step = Step(reader, _op(node), below, here, result.grid)
         score = _read_step(step, score)
+    score = _finish_score(spelled, score, reader, index)
     _check_keys(spelled, score, result, q)
     dtype = output.meta["val"].dtype
     # Autocast gives the product of wider operands the dtype of the result.
@@ -100,10 +104,16 @@ def read_spelled(reader: Reader, spelled: Spelled) -> Parts:
     )
     score = score.cast(spelled.softmax.weights.meta["val"].dtype)
     shape = (result.grid.batch, result.grid.heads, q.length, k.length)
-    return Parts(
+    parts = Parts(
         *(output, shape, *operands, score, spelled.softmax.infinite, dropout),
         transposed=result.transposed,
     )
+    filled = [
+        (op, *way_out[i + 1][:1], at)
+        for i, (node, at) in enumerate(way_out[:-1])
+        if hides(op := _op(node), way_out[i + 1][0])
+    ]
+    return settle_refilled(parts, filled, reader)
 
 
 def _op(node: Node) -> Op:
@@ -172,14 +182,22 @@ def _find_grid(spelled: Spelled, output: Node) -> Grid:
     return Grid.of(lead, find_heads(operands, lead))
 
 
-def _climb_to_softmax(spelled: Spelled, result: _Result) -> Sequence[Expr]:
-    """The index of the softmax's result."""
+def _climb_to_softmax(
+    spelled: Spelled, result: _Result
+) -> Iterator[tuple[Node, Sequence[Expr]]]:
+    """Every node from the weights up to the softmax's result, and its index."""
     node, index = result.weights, result.index
     while node is not spelled.softmax.weights:
+        yield node, index
         op = _op(node)
-        index = climb(op, op.slots[0], index, result.grid)
-        node = op.slots[0]
-    return index
+        above = next(n for n in op.slots if _is_weights(spelled, n))
+        index = climb(op, above, index, result.grid)
+        node = above
+    yield node, index
+
+
+def _is_weights(spelled: Spelled, node: Node) -> bool:
+    return node in (spelled.softmax.weights, *spelled.way_out)
 
 
 def _climb_to_product(
@@ -208,10 +226,20 @@ def _check_softmax(spelled: Spelled, index: Sequence[Expr]) -> None:
         )
 
 
+def _finish_score(
+    spelled: Spelled, score: Score, reader: Reader, index: Sequence[Expr]
+) -> Score:
+    """What a softmax that is spelled out does to exps before it divides them."""
+    softmax = spelled.softmax
+    if softmax.masked is not None:
+        score = drop_zeros(reader, softmax.masked, index, score)
+    return score if softmax.sink is None else score.sink(softmax.sink)
+
+
 def _check_keys(spelled: Spelled, score: Score, result: "_Result", q: Rows) -> None:
     """All weights, but the sink's, must reach V, and all queries the result."""
     size = shape_of(spelled.softmax.weights)[spelled.softmax.dim]
-    keys = result.v.length + (score.sinks is not None)
+    keys = result.v.length + isinstance(score.sinks, Node)
     rows = shape_of(spelled.outputs[0])[-1 if result.transposed else -2]
     if not (sizes_equal(size, keys) and sizes_equal(rows, q.length)):
         raise Refused(

@@ -66,7 +66,7 @@ class Region:
         transposed: whether the output is a view of ``(B, H, E, S)`` instead.
         softcap: as of ``ir.attention.RankPlan``.
         biases: what is added to scores.
-        sinks: ``(H,)`` scores of one more key per head, whose value is 0.
+        sinks: ``(H,)`` scores of one more key per head, whose value is 0; or a number.
         is_cross: whether keys are tokens of another sequence than queries.
     """
 
@@ -82,7 +82,7 @@ class Region:
     transposed: bool = False
     softcap: float | None = None
     biases: tuple[BiasOperand, ...] = ()
-    sinks: Node | None = None
+    sinks: Node | float | None = None
     is_cross: bool = False
 
 
