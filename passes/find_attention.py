@@ -30,6 +30,7 @@ from ringcompile.passes.read_added import (
     may_hide,
     read_condition,
 )
+from ringcompile.passes.read_factor import find_factor
 from ringcompile.passes.read_mask import MaskReader
 from ringcompile.passes.read_score import Score
 from ringcompile.passes.read_spelled import read_spelled
@@ -120,6 +121,7 @@ def _build_region(masks: MaskReader, parts: Parts) -> Region:
         softcap=score.cap if is_capped else None,
         biases=biases,
         sinks=score.sinks,
+        factors=tuple(find_factor(f, parts.shape, grid) for f in score.factors),
     )
 
 

@@ -29,6 +29,7 @@ from ringcompile.passes.read_added import (
     read_condition,
     read_number,
 )
+from ringcompile.passes.read_factor import read_factor
 from ringcompile.passes.read_score import Score
 from ringcompile.passes.read_sink import add_sink
 from ringcompile.passes.read_softmax import is_own_max
@@ -357,49 +358,60 @@ def _read_step(step: Step, score: Score) -> Score:
 
 
 def _multiply(step: Step, score: Score) -> Score:
-    return score.multiply(_read_factor(step), step.dtype)
+    return _scale(step, score, divides=False)
 
 
 def _divide(step: Step, score: Score) -> Score:
     op = step.op
     if op.args["self"] is not step.below or op.args.get("rounding_mode") is not None:
         raise Unreadable(f"{op.node.name} divides by scores or rounds them")
-    return score.multiply(1.0 / _read_factor(step), step.dtype)
+    return _scale(step, score, divides=True)
 
 
-def _read_factor(step: Step) -> float:
-    """The number that scores are multiplied with or divided by."""
+def _scale(step: Step, score: Score, *, divides: bool) -> Score:
+    """Scores multiplied with a number, or with a tensor that keys don't vary."""
     op = step.op
     others = [
         op.args[name] for name in ("self", "other") if op.args[name] is not step.below
     ]
     if len(others) != 1:
         raise Unreadable(f"{op.node.name} multiplies scores with themselves")
-    return read_number(step.reader, others[0], "scales scores")
+    try:
+        number = read_number(step.reader, others[0], "scales scores")
+    except Unreadable:
+        if not holds_tensor(others[0]):
+            raise
+        return score.multiply_by(read_factor(step, others[0], divides=divides))
+    return score.multiply(1.0 / number if divides else number, step.dtype)
 
 
 def _add(step: Step, score: Score) -> Score:
     op = step.op
-    others = [n for n in op.slots if n is not step.below]
     if not holds_tensor(op.args["other"]) and read_scalar(op.args["other"]) == 0:
         return score
-    alpha = float(read_scalar(op.args.get("alpha", 1)))
-    if len(others) != 1 or (alpha != 1 and op.args["other"] is step.below):
-        raise Unreadable(f"{op.node.name} adds scores, or a multiple")
-    return add_tensor(step.reader, others[0], step, score, factor=alpha)
+    return _add_other(step, score, sign=1.0)
 
 
 def _subtract(step: Step, score: Score) -> Score:
     op = step.op
-    if op.args["self"] is not step.below:
-        raise Unreadable(f"{op.node.name} subtracts scores")
-    if is_own_max(op, list(step.index).index(COLUMN)):
+    is_first = op.args["self"] is step.below
+    if is_first and is_own_max(op, list(step.index).index(COLUMN)):
         return score.shift()
+    return _add_other(step, score, sign=-1.0)
+
+
+def _add_other(step: Step, score: Score, *, sign: float) -> Score:
+    """``self + sign * alpha * other``, of which one is the scores."""
+    op = step.op
     others = [n for n in op.slots if n is not step.below]
-    alpha = float(read_scalar(op.args.get("alpha", 1)))
+    factor = sign * float(read_scalar(op.args.get("alpha", 1)))
     if len(others) != 1:
-        raise Unreadable(f"{op.node.name} subtracts from scores")
-    return add_tensor(step.reader, others[0], step, score, factor=-alpha)
+        raise Unreadable(f"{op.node.name} adds scores to scores, or a number")
+    if op.args["other"] is not step.below:
+        return add_tensor(step.reader, others[0], step, score, factor=factor)
+    if factor != 1:
+        score = score.multiply(factor, step.dtype)
+    return add_tensor(step.reader, others[0], step, score)
 
 
 def _where(step: Step, score: Score) -> Score:
