@@ -6,8 +6,9 @@ Invariant: the graph computes what it did, on the same memory or fresher.
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ringcompile.passes.functional import find_functional
+from ringcompile.passes.functional import call_like, find_functional
 from ringcompile.passes.memory import find_base, writes_memory
+from ringcompile.passes.op import read_op, shape_of
 from ringcompile.passes.spell_products import spell_products
 from ringcompile.passes.spell_quotients import spell_quotients
 from ringcompile.passes.view_writes import write_through_views
@@ -18,6 +19,7 @@ aten = torch.ops.aten
 def canonicalize(gm: GraphModule) -> int:
     """Rewrite ``gm`` in place; return the number of edits."""
     edits = write_through_views(gm.graph) + _make_functional(gm.graph)
+    edits += _spell_assignments(gm.graph)
     edits += spell_products(gm.graph) + spell_quotients(gm.graph)
     if edits:
         gm.graph.eliminate_dead_code()
@@ -48,3 +50,33 @@ def _is_unseen(node: Node, place: dict[Node, int]) -> bool:
     now = place[node]
     older = [n for n in place if place[n] < now and find_base(n) is base]
     return all(place[user] <= now for n in older for user in n.users)
+
+
+# ---- assignments by a mask -----------------------------------------------------------
+
+
+def _spell_assignments(graph: Graph) -> int:
+    """Write ``x[.., mask] = number`` as ``masked_fill``."""
+    edits = 0
+    for node in graph.find_nodes(
+        op="call_function", target=aten.index_put.default
+    ):
+        op = read_op(node)
+        if op is None or op.args["accumulate"] or shape_of(op.args["values"]):
+            continue
+        indices = op.args["indices"]
+        masks = [n for n in indices if n is not None]
+        if len(masks) != 1 or masks[0].meta["val"].dtype is not torch.bool:
+            continue
+        first = indices.index(masks[0])
+        behind = len(shape_of(node)) - first - len(shape_of(masks[0]))
+        with graph.inserting_before(node):
+            mask = masks[0]
+            for _ in range(behind):
+                mask = call_like(node, aten.unsqueeze.default, mask, -1)
+            target, value = aten.masked_fill.Tensor, op.args["values"]
+            filled = call_like(node, target, op.args["self"], mask, value)
+        node.replace_all_uses_with(filled)
+        graph.erase_node(node)
+        edits += 1
+    return edits

@@ -89,7 +89,7 @@ def read_spelled(reader: Reader, spelled: Spelled) -> Parts:
     _check_softmax(spelled, index)
     way = list(_climb_to_product(spelled, index, result.grid))
     product, at = way[-1]
-    q, k = _read_factors(product, at)
+    q, k = _read_factors(product, at, result.grid)
     check_lengths(q.length, k.length, result.v.length)
     score = _read_scale(Step(reader, _op(product), product, at, result.grid))
     for (below, _), (node, here) in pairwise(way[::-1]):
@@ -163,7 +163,9 @@ def _read_result(spelled: Spelled, output: Node) -> _Result:
             instead="give V a dim of features of size 1",
         )
     grid = _find_grid(spelled, output)
-    matrix = [ROW, COLUMN] if on_left else [COLUMN, ROW]
+    if grid.flat is not None and not on_left:
+        raise Unreadable("heads and queries are laid end to end, behind features")
+    matrix = [grid.row, COLUMN] if on_left else [COLUMN, grid.row]
     lead = grid.full(output)
     index = align(shape_of(weights), [*lead, *matrix])
     rows = Rows.of(v, align(shape_of(v)[:-2], lead), transposed=not on_left)
@@ -179,8 +181,20 @@ def _find_grid(spelled: Spelled, output: Node) -> Grid:
         is_split = len(heads) == 1 and isinstance(heads[0], int)
         if is_split and sizes_equal(batch * heads[0], lead[0]):
             return Grid.of(lead, heads[0])
+        if is_split and sizes_equal(batch, lead[0]) and _is_flat(node, output):
+            return Grid(batch, heads[0], Grid.of(lead).lead, shape_of(node)[2])
     operands = [*_op(spelled.way_down[0]).slots[-2:], *_op(output).slots]
     return Grid.of(lead, find_heads(operands, lead))
+
+
+def _is_flat(scores: Node, output: Node) -> bool:
+    """Whether rows of the output are heads and queries of scores, laid end to end.
+
+    As many queries as keys: the rows and columns of a picture are no heads.
+    """
+    _, heads, queries, keys = shape_of(scores)
+    known = all(isinstance(n, int) for n in (heads, queries, keys))
+    return known and queries == keys and heads * queries == shape_of(output)[-2]
 
 
 def _climb_to_softmax(
@@ -242,7 +256,8 @@ def _check_keys(spelled: Spelled, score: Score, result: "_Result", q: Rows) -> N
     size = shape_of(spelled.softmax.weights)[spelled.softmax.dim]
     keys = result.v.length + isinstance(score.sinks, Node)
     rows = shape_of(spelled.outputs[0])[-1 if result.transposed else -2]
-    if not (sizes_equal(size, keys) and sizes_equal(rows, q.length)):
+    queries = q.length if result.grid.flat is None else q.length * result.grid.heads
+    if not (sizes_equal(size, keys) and sizes_equal(rows, queries)):
         raise Refused(
             f"attention with a softmax over {size} scores, {keys} of them used, for"
             f" {q.length} queries, {rows} of them used",
@@ -251,7 +266,9 @@ def _check_keys(spelled: Spelled, score: Score, result: "_Result", q: Rows) -> N
         )
 
 
-def _read_factors(product: Node, index: Sequence[Expr]) -> tuple[Rows, Rows]:
+def _read_factors(
+    product: Node, index: Sequence[Expr], grid: Grid
+) -> tuple[Rows, Rows]:
     """Q and K of a product of scores, either way round."""
     op = _op(product)
     if op.packet not in PRODUCTS:
@@ -267,6 +284,9 @@ def _read_factors(product: Node, index: Sequence[Expr]) -> tuple[Rows, Rows]:
         raise Unreadable("queries or keys run along a dim of the batch")
     first = Rows.of(left, leads[0], transposed=False)
     second = Rows.of(right, leads[1], transposed=True)
+    if grid.flat is not None and (row, column) == (grid.row, COLUMN):
+        flat = [*leads[0], *align(shape_of(left)[-2:], [row, COLUMN])]
+        return Rows(left, flat, grid.flat, first.features), second
     if (row, column) == (ROW, COLUMN):
         return first, second
     if (row, column) == (COLUMN, ROW):
