@@ -48,9 +48,7 @@ def spell_autocast(gm: GraphModule) -> int:
 
 def has_autocast(graph: Graph) -> bool:
     """Whether any op of a graph may run under autocast."""
-    devices = {
-        n.meta["val"].device.type for n in graph.nodes if is_tensor(n)
-    }
+    devices = {n.meta["val"].device.type for n in graph.nodes if is_tensor(n)}
     return any(n.target is ENTER_AUTOCAST for n in graph.nodes) or any(
         torch.is_autocast_enabled(device) for device in devices
     )

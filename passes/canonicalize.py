@@ -58,9 +58,7 @@ def _is_unseen(node: Node, place: dict[Node, int]) -> bool:
 def _spell_assignments(graph: Graph) -> int:
     """Write ``x[.., mask] = number`` as ``masked_fill``."""
     edits = 0
-    for node in graph.find_nodes(
-        op="call_function", target=aten.index_put.default
-    ):
+    for node in graph.find_nodes(op="call_function", target=aten.index_put.default):
         op = read_op(node)
         if op is None or op.args["accumulate"] or shape_of(op.args["values"]):
             continue

@@ -5,7 +5,7 @@ the batch, a query head ``i1``, a query ``i2`` and a key ``i3``. From the result
 every node's index is written in these. Invariant: a dim of size 1 has index 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -72,7 +72,7 @@ class Grid:
         """``e`` in normal form, its head index known to be below H."""
         sizes = {HEAD: self.heads, ROW: self.flat}
         known = {s: size for s, size in sizes.items() if isinstance(size, int)}
-        return _settle(canonical_sum(e), known)
+        return settle(canonical_sum(e), known)
 
     def full(self, node: Node) -> list[Expr]:
         """The index into the leading dims of a tensor that ends in two others."""
@@ -89,7 +89,7 @@ def _index_groups(heads: int, groups: Sequence[int]) -> list[Expr]:
     return [_at(e, size) for e, size in zip(index, groups, strict=True)]
 
 
-def _settle(e: Expr, sizes: dict[sympy.Symbol, int]) -> Expr:
+def settle(e: Expr, sizes: Mapping[sympy.Symbol, int]) -> Expr:
     """Decide floors and remainders of one index alone, which is below its size."""
     known: dict[Expr, Expr] = {}
     for term in e.atoms(sympy.floor, sympy.Mod):

@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from ringcompile.passes.coordinates import read_index_map
-from ringcompile.passes.op import Op, is_float, is_tensor, read_op, shape_of
+from ringcompile.passes.op import Op, is_tensor, read_op, shape_of
 from ringcompile.passes.operands import CASTS, PRODUCTS, carries_sequence
 from ringcompile.passes.read_softmax import Softmax, read_softmax
 from ringcompile.passes.value_rules import RULES

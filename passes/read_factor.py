@@ -37,15 +37,15 @@ def read_factor(step: "Step", node: Node, *, divides: bool) -> FactorTerm:
     if any(e.has(COLUMN) for e in index):
         raise Unreadable(f"{node.name} multiplies scores, and varies with the key")
     if not is_float(node) or step.reader.is_mutated(node):
-        raise Unreadable(f"{node.name} multiplies scores, and isn't float or is changed")
+        raise Unreadable(
+            f"{node.name} multiplies scores, and isn't float or is changed"
+        )
     if step.below.meta["val"].dtype != step.dtype:
         raise Unreadable(f"{node.name} makes scores of {step.dtype}")
     return FactorTerm(node, index, divides)
 
 
-def find_factor(
-    term: FactorTerm, shape: Sequence[Size], grid: Grid
-) -> FactorOperand:
+def find_factor(term: FactorTerm, shape: Sequence[Size], grid: Grid) -> FactorOperand:
     """The operand that a factor is.
 
     Args:

@@ -2,8 +2,8 @@
 
 The result is a predicate of ``ir.mask`` and the nodes that it reads at run time.
 Invariants: no tensor of one value per (query, key) pair is read at run time, but one
-that the user passes in, or a test of it, tile by tile; equal masks built differently give the same
-predicate and captures in the same order.
+that the user passes in, or a test of it, tile by tile; equal masks built differently
+give the same predicate and captures in the same order.
 """
 
 from collections.abc import Iterable
@@ -114,7 +114,6 @@ class MaskReader:
         for node in nodes - given:
             _check_small(node, shape)
         return tuple(sorted(nodes, key=self.reader.place_of))
-
 
     def _is_given(self, node: Node) -> bool:
         """Whether it is on every rank whatever is done here: passed in, or by one test.

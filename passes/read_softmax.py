@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
@@ -12,9 +12,10 @@ from torch.fx import Node
 
 from ringcompile.ir.mask import EmptyRow
 from ringcompile.ir.sums import canonical_sum
-from ringcompile.passes.coordinates import align, read_index_map
+from ringcompile.passes.coordinates import align, read_index_map, settle
 from ringcompile.passes.op import Op, is_float, is_tensor, read_op, shape_of
-from ringcompile.passes.symbolic import index_symbol
+from ringcompile.passes.operands import NOT_FOLLOWED
+from ringcompile.passes.symbolic import Size, index_symbol
 from ringcompile.passes.value_scalars import holds_tensor
 from ringcompile.torch_private import sizes_equal
 
@@ -76,7 +77,7 @@ def _read_exp_over_sum(op: Op) -> Softmax | None:
     numerator, denominator = op.slots
     if not has_shape_of(op.node, numerator):
         return None
-    total = read_total(denominator, numerator)
+    total = read_total(denominator, numerator, shape_of(numerator))
     if total is None or not total.is_beside(numerator):
         return None
     softmax = read_exp(numerator, total.dim)
@@ -139,26 +140,24 @@ class Total:
     def is_beside(self, node: Node) -> bool:
         """Whether each element of the tensor that was summed meets its own sum."""
         own = [
-            sympy.S.Zero
-            if d == self.dim or sizes_equal(size, 1)
-            else index_symbol(d)
+            sympy.S.Zero if d == self.dim or sizes_equal(size, 1) else index_symbol(d)
             for d, size in enumerate(shape_of(node))
         ]
         return list(self.index) == own
 
 
-def read_total(node: Node, summed: Node, ndim: int | None = None) -> Total | None:
+def read_total(node: Node, summed: Node, shape: Sequence[Size]) -> Total | None:
     """Read ``node`` as the sum of ``summed`` over a dim.
 
     Args:
-        node: what something of ``ndim`` dims is divided by.
+        node: what something is divided by.
         summed: the tensor.
-        ndim: by default as many as ``summed`` has.
+        shape: of what is divided.
     """
-    ndim = len(shape_of(summed)) if ndim is None else ndim
-    symbols = [index_symbol(d) for d in range(ndim)]
+    symbols = [index_symbol(d) for d in range(len(shape))]
+    sizes = known_sizes(shape)
     more, inside = None, []
-    for place, index in follow_views(node, align(shape_of(node), symbols)):
+    for place, index in follow_views(node, align(shape_of(node), symbols), sizes):
         inside.append(place)
         op = read_op(place)
         if op is None:
@@ -167,11 +166,11 @@ def read_total(node: Node, summed: Node, ndim: int | None = None) -> Total | Non
             more = _read_more(op)
             if more is None:
                 return None
-            sums = read_total(op.slots[0], summed, len(index))
+            sums = read_total(op.slots[0], summed, shape_of(place))
             if sums is None or sums.more is not None:
                 return None
             here = {index_symbol(d): e for d, e in enumerate(index)}
-            moved = tuple(canonical_sum(e.xreplace(here)) for e in sums.index)
+            moved = tuple(settle(e.xreplace(here), sizes) for e in sums.index)
             return Total(sums.dim, moved, (*inside, *sums.inside), more)
         if op.packet is aten.sum:
             return _read_sum(op, summed, index, inside)
@@ -201,19 +200,33 @@ def _read_more(op: Op) -> float | None:
     return float(number) if isinstance(number, int | float) and number > 0 else None
 
 
+def known_sizes(shape: Sequence[Size]) -> dict[sympy.Symbol, int]:
+    """Below which numbers the indices into a shape are."""
+    return {index_symbol(d): n for d, n in enumerate(shape) if isinstance(n, int)}
+
+
 def follow_views(
-    node: Node, index: Sequence[Expr]
+    node: Node, index: Sequence[Expr], sizes: Mapping[sympy.Symbol, int]
 ) -> Iterator[tuple[Node, Sequence[Expr]]]:
-    """Each node that a tensor is a view of, itself first, and the index into it."""
+    """Each node that a tensor is a view of, itself first, and the index into it.
+
+    Args:
+        node: the tensor.
+        index: into it.
+        sizes: below which numbers the symbols of the index are.
+    """
     while True:
         yield node, index
         op = read_op(node)
-        step = None if op is None else read_index_map(op)
-        if op is None or step is None:
+        if op is None or op.packet in NOT_FOLLOWED:
+            return
+        step = read_index_map(op)
+        if step is None:
             return
         here = {index_symbol(d): e for d, e in enumerate(index)}
         node = op.slots[0]
-        index = align(shape_of(node), [canonical_sum(e.xreplace(here)) for e in step])
+        above = [settle(canonical_sum(e.xreplace(here)), sizes) for e in step]
+        index = align(shape_of(node), above)
 
 
 # ---- exp of a difference -------------------------------------------------------------

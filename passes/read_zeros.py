@@ -1,7 +1,7 @@
 """Zeros that are put beside weights: before they are summed up, or afterwards.
 
-Before, that drops keys. Afterwards it changes nothing if those keys were dropped before,
-except that a query without any key gives zero.
+Before, that drops keys. Afterwards it changes nothing if those keys were dropped
+already, except that a query without any key gives zero.
 """
 
 import math
@@ -71,9 +71,7 @@ def settle_refilled(
     return replace(parts, infinite=None)  # NaN of an empty row stays in gradients
 
 
-def _read_zeros(
-    reader: Reader, op: Op, below: Node, index: Sequence[Expr]
-) -> Boolean:
+def _read_zeros(reader: Reader, op: Op, below: Node, index: Sequence[Expr]) -> Boolean:
     """Where the op puts zeros, elsewhere what ``below`` holds, over ``i0 .. i3``."""
     if op.packet is aten.mul:
         return _read_factor(reader, op, below, index)
@@ -86,9 +84,7 @@ def _read_zeros(
     return negate(kept) if is_self else kept
 
 
-def _read_factor(
-    reader: Reader, op: Op, below: Node, index: Sequence[Expr]
-) -> Boolean:
+def _read_factor(reader: Reader, op: Op, below: Node, index: Sequence[Expr]) -> Boolean:
     others = [n for n in op.slots if n is not below]
     if len(others) != 1:
         raise Unreadable(f"{op.node.name} multiplies exps by one number")

@@ -32,24 +32,28 @@ def spell_products(graph: Graph) -> int:
         op = read_op(node)
         term = None if op is None else _read_einsum(op)
         if term is not None and term.is_plain:
-            edits += _spell(node, term, place=node)
+            edits += _spell(node, term, frozenset(), place=node)
     sums = {} if has_autocast(graph) else _find_sums(graph)
-    for node in _find_products(graph, sums):
+    for node, weights in _find_products(graph, sums).items():
         op = read_op(node)
         assert op is not None, "a product is an op"
         if op.packet is aten.einsum:
-            edits += _spell(node, _read_einsum(op), place=node)
+            edits += _spell(node, _read_einsum(op), weights, place=node)
         elif op.packet is aten.sum:
-            edits += _spell(node, _read_sum(op), place=op.slots[0])
+            edits += _spell(node, _read_sum(op), weights, place=op.slots[0])
     return edits
 
 
-def _find_products(graph: Graph, sums: Mapping[Node, Node]) -> list[Node]:
-    """Every product of scores, or of weights, that a softmax stands between."""
-    found: dict[Node, None] = {}
+def _find_products(
+    graph: Graph, sums: Mapping[Node, Node]
+) -> dict[Node, frozenset[Node]]:
+    """Every product that makes scores, or uses weights: what weights may be in it."""
+    found: dict[Node, frozenset[Node]] = {}
     for spelled in find_spelled(graph, sums):
-        found.update(dict.fromkeys((spelled.way_down[0], *spelled.outputs)))
-    return list(found)
+        weights = frozenset((spelled.softmax.weights, *spelled.way_out))
+        found.setdefault(spelled.way_down[0], frozenset())
+        found.update(dict.fromkeys(spelled.outputs, weights))
+    return found
 
 
 def _find_sums(graph: Graph) -> dict[Node, Node]:
@@ -131,7 +135,9 @@ def _read_einsum(op: Op) -> _Term | None:
         _write_out(term, len(shape_of(x)))
         for term, x in zip(terms, op.slots, strict=True)
     )
-    return _make_term(op.slots, (left, right), _write_out(result, len(shape_of(op.node))))
+    return _make_term(
+        op.slots, (left, right), _write_out(result, len(shape_of(op.node)))
+    )
 
 
 def _write_out(term: str, ndim: int) -> Letters:
@@ -187,30 +193,42 @@ def _is_broadcast(letter: str, own: dict, other: dict) -> bool:  # type: ignore[
 
 @dataclass(frozen=True, slots=True)
 class _Sides:
-    """Which letters are rows of an operand's matrices, and which count their matrices."""
+    """Letters of the rows of an operand's matrices, and of more matrices."""
 
     rows: Letters
     more: Letters
 
 
-def _choose_sides(term: _Term, side: int) -> _Sides | None:
-    """The letter over tokens is the row; where none is, all of them together are."""
+def _choose_sides(term: _Term, side: int, weights: frozenset[Node]) -> _Sides | None:
+    """The letter over tokens is the row, the others are more of the batch.
+
+    V's letters, if the other operand are weights, and those of what has no tokens are
+    features: rows all together. Of several letters over tokens, as inputs have them,
+    the one with as many as there are keys is the row.
+    """
     own = term.own(side)
     letters, node = term.letters[side], term.operands[side]
     tokens = [i for i in own if carries_sequence(node, letters.index(i))]
-    if len(own) == 1 or not tokens:
+    if len(own) == 1 or not tokens or term.operands[1 - side] in weights:
         return _Sides(own, ())
-    if len(tokens) > 1:
+    keys = term.inner if node in weights else term.own(1 - side)
+    if len(tokens) > 1 and len(keys) == 1:
+        (number,) = _sizes(term, 1 - side, keys)
+        tokens = [i for i in tokens if sizes_equal(_sizes(term, side, (i,))[0], number)]
+    if len(tokens) != 1:
         return None
     return _Sides((tokens[0],), tuple(i for i in own if i != tokens[0]))
 
 
-def _spell(node: Node, term: _Term | None, *, place: Node) -> int:
+def _spell(
+    node: Node, term: _Term | None, weights: frozenset[Node], *, place: Node
+) -> int:
     """Write a product before ``place``; return the number of edits."""
-    sides = [] if term is None else [_choose_sides(term, side) for side in (0, 1)]
-    if term is None or None in sides or not _can_flatten(term, sides):
+    if term is None:
         return 0
-    left, right = sides
+    left, right = (_choose_sides(term, side, weights) for side in (0, 1))
+    if left is None or right is None or not _can_flatten(term, (left, right)):
+        return 0
     batch = (*term.batch, *left.more, *right.more)
     orders = ((batch, left.rows, term.inner), (batch, term.inner, right.rows))
     with node.graph.inserting_before(place):
@@ -221,8 +239,7 @@ def _spell(node: Node, term: _Term | None, *, place: Node) -> int:
             )
         ]
         product = call_like(node, aten.matmul.default, *matrices)
-        for dim, side in ((-2, 0), (-1, 1)):
-            rows = sides[side].rows
+        for dim, side, rows in ((-2, 0, left.rows), (-1, 1, right.rows)):
             if len(rows) > 1:
                 sizes = _sizes(term, side, rows)
                 product = call_like(node, aten.unflatten.int, product, dim, sizes)

@@ -15,8 +15,14 @@ from ringcompile.passes.find_softmax import find_way_down
 from ringcompile.passes.functional import call_like
 from ringcompile.passes.memory import find_base, find_mutated
 from ringcompile.passes.op import Op, read_op, shape_of
-from ringcompile.passes.read_softmax import Total, follow_views, read_exp, read_total
-from ringcompile.passes.symbolic import index_symbol
+from ringcompile.passes.read_softmax import (
+    Total,
+    follow_views,
+    known_sizes,
+    read_exp,
+    read_total,
+)
+from ringcompile.passes.symbolic import Size, index_symbol
 
 aten = torch.ops.aten
 
@@ -70,22 +76,24 @@ def _read_quotients(op: Op) -> Iterator[_Quotient]:
     if len(op.slots) != _PAIR or op.args.get("rounding_mode") is not None:
         return
     numerator, denominator = op.slots
-    ndim = len(shape_of(op.node))
-    if len(shape_of(numerator)) != ndim or len(shape_of(denominator)) > ndim:
+    shape = shape_of(op.node)
+    if len(shape_of(numerator)) != len(shape) or len(shape_of(denominator)) > len(
+        shape
+    ):
         return
-    after = []
-    here = align(shape_of(numerator), [index_symbol(d) for d in range(ndim)])
-    for node, index in follow_views(numerator, here):
+    after: list[Node] = []
+    here = align(shape_of(numerator), [index_symbol(d) for d in range(len(shape))])
+    for node, index in follow_views(numerator, here, known_sizes(shape)):
         product = read_op(node)
         if product is not None and product.packet in (aten.matmul, aten.bmm):
-            for exps, total, moved in _read_weights(product, index, denominator, ndim):
+            for exps, total, moved in _read_weights(product, index, denominator, shape):
                 yield _Quotient(exps, total, moved, node, tuple(after[::-1]))
             return
         after.append(node)
 
 
 def _read_weights(
-    product: Op, index: Sequence[Expr], denominator: Node, ndim: int
+    product: Op, index: Sequence[Expr], denominator: Node, shape: Sequence[Size]
 ) -> Iterator[tuple[Node, Total, tuple[Node, ...]]]:
     """Exps of a product whose sums over keys stand where the product's rows do."""
     if any(len(shape_of(x)) < _PAIR for x in product.slots):
@@ -96,8 +104,8 @@ def _read_weights(
     ):
         moved: list[Node] = []
         at = align(shape_of(operand), [*lead, *matrix])
-        for exps, place in follow_views(operand, at):
-            total = read_total(denominator, exps, ndim)
+        for exps, place in follow_views(operand, at, known_sizes(shape)):
+            total = read_total(denominator, exps, shape)
             if total is not None and _is_beside(total, place):
                 softmax = read_exp(exps, total.dim)
                 if softmax is not None and find_way_down(softmax.scores) is not None:
@@ -115,7 +123,7 @@ def _is_beside(total: Total, place: Sequence[Expr]) -> bool:
 def _divide_first(division: Node, found: _Quotient) -> None:
     graph, exps, total = division.graph, found.exps, found.total
     with graph.inserting_before(division):
-        sums = call_like(exps, aten.sum.dim_IntList, exps, [total.dim], True)  # noqa: FBT003
+        sums = call_like(exps, aten.sum.dim_IntList, exps, [total.dim], True)
         if total.more is not None:
             sums = call_like(sums, aten.add.Tensor, sums, total.more)
         new = {exps: call_like(division, aten.div.Tensor, exps, sums)}

@@ -9,7 +9,14 @@ from sympy import Expr
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
-from ringcompile.ir.mask import FALSE, TRUE, conjunction, disjunction, equals_zero, negate
+from ringcompile.ir.mask import (
+    FALSE,
+    TRUE,
+    conjunction,
+    disjunction,
+    equals_zero,
+    negate,
+)
 from ringcompile.passes.op import Op, is_float, read_op
 from ringcompile.passes.symbolic import (
     Content,
@@ -96,7 +103,9 @@ def _find_equal_below_view(call: Call, op: Op, number: int) -> Boolean:
     value = source.meta["val"]
     if value.dtype != op.node.meta["val"].dtype:
         raise Unreadable(f"{op.node.name} reads bits as another dtype")
-    index = VIEWS[op.packet](Call(op, call.read), Value(tuple(value.shape), value.dtype, ()))
+    index = VIEWS[op.packet](
+        Call(op, call.read), Value(tuple(value.shape), value.dtype, ())
+    )
     at: dict[Expr, Expr] = {index_symbol(d): e for d, e in enumerate(index)}
     return replace_terms(_find_equal(call, source, number), at)
 

@@ -106,9 +106,9 @@ def assert_region_is_true(region: Region, values: dict[Node, Any]) -> None:
     kept = evaluate_mask(region, values, (batch, heads, length, k.shape[2]))
     scores = scores.masked_fill(~kept, -torch.inf)
     if region.sinks is not None:
-        sinks = region.sinks
-        sinks = values[sinks] if isinstance(sinks, Node) else torch.tensor(sinks)
-        sinks = sinks.double().view(1, -1, 1, 1)
+        own = region.sinks
+        read = values[own] if isinstance(own, Node) else torch.tensor(own)
+        sinks = read.double().view(1, -1, 1, 1)
         scores = torch.cat([scores, sinks.expand(batch, heads, length, 1)], -1)
     weights = scores.softmax(-1)[..., : k.shape[2]]
     empty = {
