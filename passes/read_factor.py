@@ -16,9 +16,12 @@ from ringcompile.passes.coordinates import (
     ROW,
     Grid,
     align,
+    climb,
     is_view_of,
+    read_index_map,
 )
-from ringcompile.passes.op import is_float, shape_of
+from ringcompile.passes.op import is_float, read_op, shape_of
+from ringcompile.passes.operands import NOT_FOLLOWED
 from ringcompile.passes.read_score import FactorTerm
 from ringcompile.passes.regions import FactorOperand
 from ringcompile.passes.symbolic import Size, Unreadable
@@ -33,16 +36,19 @@ def read_factor(step: "Step", node: Node, *, divides: bool) -> FactorTerm:
     Raises:
         Unreadable: it varies with the key, or what it makes has another dtype.
     """
-    index = tuple(align(shape_of(node), step.index))
-    if any(e.has(COLUMN) for e in index):
-        raise Unreadable(f"{node.name} multiplies scores, and varies with the key")
+    index = align(shape_of(node), step.index)
+    while any(e.has(COLUMN) for e in index):
+        op = read_op(node)
+        if op is None or op.packet in NOT_FOLLOWED or read_index_map(op) is None:
+            raise Unreadable(f"{node.name} multiplies scores, and varies with the key")
+        node, index = op.slots[0], climb(op, op.slots[0], index, step.grid)
     if not is_float(node) or step.reader.is_mutated(node):
         raise Unreadable(
             f"{node.name} multiplies scores, and isn't float or is changed"
         )
     if step.below.meta["val"].dtype != step.dtype:
         raise Unreadable(f"{node.name} makes scores of {step.dtype}")
-    return FactorTerm(node, index, divides)
+    return FactorTerm(node, tuple(index), divides)
 
 
 def find_factor(term: FactorTerm, shape: Sequence[Size], grid: Grid) -> FactorOperand:
