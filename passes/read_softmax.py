@@ -25,6 +25,7 @@ _SAFE = aten._safe_softmax  # noqa: SLF001
 _SOFTMAXES = {aten.softmax, aten._softmax, _SAFE}  # noqa: SLF001
 _LOG_SOFTMAXES = {aten.log_softmax, aten._log_softmax}  # noqa: SLF001
 _PAIR = 2
+KEY = sympy.Symbol("key", integer=True, nonnegative=True)  # the key that an exp is of
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,23 +174,43 @@ def read_total(node: Node, summed: Node, shape: Sequence[Size]) -> Total | None:
             moved = tuple(settle(e.xreplace(here), sizes) for e in sums.index)
             return Total(sums.dim, moved, (*inside, *sums.inside), more)
         if op.packet is aten.sum:
-            return _read_sum(op, summed, index, inside)
+            total = _read_sum(op, summed, index, sizes)
+            return total and replace(total, inside=(*inside, *total.inside))
     return None
 
 
 def _read_sum(
-    op: Op, summed: Node, index: Sequence[Expr], inside: Sequence[Node]
+    op: Op, summed: Node, index: Sequence[Expr], sizes: Mapping[sympy.Symbol, int]
 ) -> Total | None:
-    dims = op.args.get("dim")
-    if op.slots[0] is not summed or not isinstance(dims, list | tuple):
+    """The sum of ``summed``, or of a view of it, over one dim."""
+    dims, source = op.args.get("dim"), op.slots[0]
+    if not isinstance(dims, list | tuple) or len(dims) != 1 or not is_float(op.node):
         return None
-    if len(dims) != 1 or not is_float(op.node):
-        return None
-    dim = int(dims[0]) % len(shape_of(summed))
+    over = int(dims[0]) % len(shape_of(source))
     whole = list(index)
-    if not op.args["keepdim"]:
-        whole.insert(dim, sympy.S.Zero)
-    return Total(dim, tuple(whole), tuple(inside), None)
+    whole[over : over + int(op.args["keepdim"])] = [KEY]
+    size, inside = shape_of(source)[over], []
+    if isinstance(size, int):
+        sizes = {**sizes, KEY: size}
+    for node, place in follow_views(source, whole, sizes):
+        if node is summed:
+            return _make_total(summed, size, place, inside)
+        inside.append(node)
+    return None
+
+
+def _make_total(
+    summed: Node, size: Size, place: Sequence[Expr], inside: Sequence[Node]
+) -> Total | None:
+    """The sum over the dim that keys are read along, if all of it is summed."""
+    dims = [d for d, e in enumerate(place) if e.has(KEY)]
+    if len(dims) != 1 or place[dims[0]] != KEY:
+        return None
+    (dim,) = dims
+    if not sizes_equal(shape_of(summed)[dim], size):
+        return None
+    index = [sympy.S.Zero if d == dim else e for d, e in enumerate(place)]
+    return Total(dim, tuple(index), tuple(inside), None)
 
 
 def _read_more(op: Op) -> float | None:

@@ -16,6 +16,7 @@ from ringcompile.passes.functional import call_like
 from ringcompile.passes.memory import find_base, find_mutated
 from ringcompile.passes.op import Op, read_op, shape_of
 from ringcompile.passes.read_softmax import (
+    KEY,
     Total,
     follow_views,
     known_sizes,
@@ -27,7 +28,6 @@ from ringcompile.passes.symbolic import Size, index_symbol
 aten = torch.ops.aten
 
 _PAIR = 2
-_KEY = index_symbol(-1)  # the key that a weight is of
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +99,7 @@ def _read_weights(
     if any(len(shape_of(x)) < _PAIR for x in product.slots):
         return
     *lead, row, column = index
-    for operand, matrix in zip(
-        product.slots, ([row, _KEY], [_KEY, column]), strict=True
-    ):
+    for operand, matrix in zip(product.slots, ([row, KEY], [KEY, column]), strict=True):
         moved: list[Node] = []
         at = align(shape_of(operand), [*lead, *matrix])
         for exps, place in follow_views(operand, at, known_sizes(shape)):
@@ -117,7 +115,7 @@ def _is_beside(total: Total, place: Sequence[Expr]) -> bool:
     """Whether each result is divided by the sum of the exps that it was made with."""
     rows = [e for d, e in enumerate(place) if d != total.dim]
     sums = [e for d, e in enumerate(total.index) if d != total.dim]
-    return place[total.dim] == _KEY and rows == sums
+    return place[total.dim] == KEY and rows == sums
 
 
 def _divide_first(division: Node, found: _Quotient) -> None:

@@ -71,6 +71,10 @@ FOUND: dict[str, Attend] = {
     "late, beside a small number": lambda q, k, v: (
         (e := exps(q, k)) @ v / (e.sum(-1, keepdim=True) + 1e-6)
     ),
+    "late, sum of a view": lambda q, k, v: (
+        torch.bmm((e := exps(q, k).flatten(0, 1)), v.flatten(0, 1)).view(B, H, S, D)
+        / e.view(B, H, S, S).sum(-1, keepdim=True)
+    ),
     "sum without its dim": lambda q, k, v: (
         ((e := exps(q, k)) / e.sum(-1)[..., None]) @ v
     ),
@@ -140,6 +144,12 @@ OTHERS: dict[str, Attend] = {
     ),
     "late, of all queries": lambda q, k, v: (
         (e := exps(q, k)) @ v / e.sum(-1, keepdim=True)[:, :, :1]
+    ),
+    "late, of some keys": lambda q, k, v: (
+        (e := exps(q, k)) @ v / e[..., :4].sum(-1, keepdim=True)
+    ),
+    "late, of shuffled sums": lambda q, k, v: (
+        (e := exps(q, k)) @ v / e.reshape(B, S, H, S).sum(-1).mT[..., None]
     ),
     "late, no exps": lambda q, k, v: (
         (e := (q @ k.mT).square()) @ v / e.sum(-1, keepdim=True)
