@@ -189,7 +189,8 @@ def _read_sum(
     over = int(dims[0]) % len(shape_of(source))
     whole = list(index)
     whole[over : over + int(op.args["keepdim"])] = [KEY]
-    size, inside = shape_of(source)[over], []
+    size = shape_of(source)[over]
+    inside: list[Node] = []
     if isinstance(size, int):
         sizes = {**sizes, KEY: size}
     for node, place in follow_views(source, whole, sizes):
