@@ -71,7 +71,8 @@ def vmap_inside(s: Setting) -> Seen:
 def vmap_of_a_spelled_attention(s: Setting) -> Seen:
     def one(x: Tensor) -> Tensor:
         q = x.unflatten(-1, (-1, D)).transpose(0, 1)
-        return ((q @ q.mT).softmax(-1) @ q.sin()).transpose(0, 1).flatten(1)
+        weights = (q @ q.mT).softmax(-1)
+        return (weights @ q.sin()).transpose(0, 1).flatten(1)  # type: ignore[no-any-return]
 
     def fn(x: Tensor) -> Tensor:
         return torch.vmap(one)(x) * 2
@@ -86,8 +87,16 @@ def spelled(x: Tensor) -> Tensor:
 
 
 def gradient_of(attention: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    gradient: Any = torch.func.grad(lambda y: attention(y).sin().sum())
-    return lambda x: gradient(x) * 2
+    gradient: Any = torch.func.grad(_sum_of(attention))
+
+    def fn(x: Tensor) -> Tensor:
+        return gradient(x) * 2  # type: ignore[no-any-return]
+
+    return fn
+
+
+def _sum_of(attention: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda y: attention(y).sin().sum()
 
 
 def grad_inside(s: Setting) -> Seen:
@@ -107,7 +116,8 @@ def grad_of_sdpa_and_none_outside(s: Setting) -> Seen:
 
 def vjp_inside(s: Setting) -> Seen:
     def fn(x: Tensor) -> Tensor:
-        out, back = torch.func.vjp(spelled, x)
+        made: Any = torch.func.vjp(spelled, x)
+        out, back = made
         return out + back(out.cos())[0]  # type: ignore[no-any-return]
 
     return s.step(fn, s.tokens())
@@ -115,7 +125,8 @@ def vjp_inside(s: Setting) -> Seen:
 
 def jvp_inside(s: Setting) -> Seen:
     def fn(x: Tensor) -> Tensor:
-        out, tangent = torch.func.jvp(spelled, (x,), (x.cos(),))
+        made: Any = torch.func.jvp(spelled, (x,), (x.cos(),))
+        out, tangent = made
         return out + tangent  # type: ignore[no-any-return]
 
     return s.step(fn, s.tokens())
