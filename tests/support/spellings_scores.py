@@ -184,7 +184,7 @@ class TemperatureOfTokens(Heads):
 
     def forward(self, x: Tensor, *more: Tensor) -> Tensor:
         q, k, v = (split(layer(x)) for layer in (self.q, self.k, self.v))
-        factor = F.softplus(self.factor(x)).transpose(1, 2).unsqueeze(-1)
+        factor = self.factor(x).exp().transpose(1, 2).unsqueeze(-1)
         return self.out(merge((q @ k.mT / factor).softmax(-1) @ v))  # type: ignore[no-any-return]
 
 
