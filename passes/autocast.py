@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
-from ringcompile.passes.op import Op, call_arguments, read_op
+from ringcompile.passes.op import Op, call_arguments, is_tensor, read_op
 from ringcompile.torch_private import ENTER_AUTOCAST, EXIT_AUTOCAST
 
 aten = torch.ops.aten
@@ -44,6 +44,14 @@ def spell_autocast(gm: GraphModule) -> int:
     if edits:
         gm.recompile()
     return edits
+
+
+def has_autocast(graph: Graph) -> bool:
+    """Whether any op of a graph may run under autocast."""
+    devices = {n.meta["val"].device.type for n in graph.nodes if is_tensor(n)}
+    return any(n.target is ENTER_AUTOCAST for n in graph.nodes) or any(
+        torch.is_autocast_enabled(device) for device in devices
+    )
 
 
 def _cast_operands(op: Op, entered: Sequence[Node]) -> bool:

@@ -1,18 +1,17 @@
-"""Spell a graph in fewer ways: no in-place ops on fresh memory, no einsum of pairs.
+"""Spell a graph in fewer ways: no in-place ops on fresh memory, one op for products.
 
 Invariant: the graph computes what it did, on the same memory or fresher.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ringcompile.passes.functional import call_like, find_functional
 from ringcompile.passes.memory import find_base, writes_memory
-from ringcompile.passes.op import Op, read_op, shape_of
+from ringcompile.passes.op import read_op, shape_of
+from ringcompile.passes.spell_products import spell_products
+from ringcompile.passes.spell_quotients import spell_quotients
 from ringcompile.passes.view_writes import write_through_views
-from ringcompile.torch_private import sizes_equal
 
 aten = torch.ops.aten
 
@@ -20,7 +19,8 @@ aten = torch.ops.aten
 def canonicalize(gm: GraphModule) -> int:
     """Rewrite ``gm`` in place; return the number of edits."""
     edits = write_through_views(gm.graph) + _make_functional(gm.graph)
-    edits += _spell_einsums(gm.graph)
+    edits += _spell_assignments(gm.graph)
+    edits += spell_products(gm.graph) + spell_quotients(gm.graph)
     if edits:
         gm.graph.eliminate_dead_code()
         gm.recompile()
@@ -52,79 +52,29 @@ def _is_unseen(node: Node, place: dict[Node, int]) -> bool:
     return all(place[user] <= now for n in older for user in n.users)
 
 
-# ---- einsum --------------------------------------------------------------------------
+# ---- assignments by a mask -----------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Product:
-    """An einsum of two tensors as one matrix product.
-
-    Attributes:
-        left: order of the first operand's dims as ``(batch, row, inner)``.
-        right: order of the second operand's dims as ``(batch, inner, column)``.
-        result: order of the product's dims in the einsum's result.
-    """
-
-    left: list[int]
-    right: list[int]
-    result: list[int]
-
-
-def _spell_einsums(graph: Graph) -> int:
-    """Write einsums with one row, one column and one inner index as ``matmul``."""
+def _spell_assignments(graph: Graph) -> int:
+    """Write ``x[.., mask] = number`` as ``masked_fill``."""
     edits = 0
-    for node in graph.find_nodes(op="call_function", target=aten.einsum.default):
+    for node in graph.find_nodes(op="call_function", target=aten.index_put.default):
         op = read_op(node)
-        product = _read_einsum(op) if op is not None else None
-        if op is None or product is None:
+        if op is None or op.args["accumulate"] or shape_of(op.args["values"]):
             continue
+        indices = op.args["indices"]
+        masks = [n for n in indices if n is not None]
+        if len(masks) != 1 or masks[0].meta["val"].dtype is not torch.bool:
+            continue
+        first = indices.index(masks[0])
+        behind = len(shape_of(node)) - first - len(shape_of(masks[0]))
         with graph.inserting_before(node):
-            left = _permute(op.slots[0], product.left, like=node)
-            right = _permute(op.slots[1], product.right, like=node)
-            matmul = call_like(node, aten.matmul.default, left, right)
-            result = _permute(matmul, product.result, like=node)
-        node.replace_all_uses_with(result)
+            mask = masks[0]
+            for _ in range(behind):
+                mask = call_like(node, aten.unsqueeze.default, mask, -1)
+            target, value = aten.masked_fill.Tensor, op.args["values"]
+            filled = call_like(node, target, op.args["self"], mask, value)
+        node.replace_all_uses_with(filled)
         graph.erase_node(node)
         edits += 1
     return edits
-
-
-def _read_einsum(op: Op) -> _Product | None:
-    inputs, arrow, out = op.args["equation"].replace(" ", "").partition("->")
-    first, comma, second = inputs.partition(",")
-    if not (arrow and comma) or "." in inputs or "," in second:
-        return None
-    terms = (first, second, out)
-    if any(len(set(term)) != len(term) for term in terms) or op.args["path"]:
-        return None
-    batch = [i for i in first if i in second and i in out]
-    inner = [i for i in first if i in second and i not in out]
-    row = [i for i in first if i not in second and i in out]
-    column = [i for i in second if i not in first and i in out]
-    if not len(inner) == len(row) == len(column) == 1:
-        return None
-    if set(first) | set(second) != {*batch, *inner, *row, *column}:
-        return None
-    if _broadcasts(op, first, second):
-        return None
-    return _Product(
-        [first.index(i) for i in (*batch, *row, *inner)],
-        [second.index(i) for i in (*batch, *inner, *column)],
-        [(*batch, *row, *column).index(i) for i in out],
-    )
-
-
-def _broadcasts(op: Op, first: str, second: str) -> bool:
-    """Whether a shared index has two sizes, as einsum allows for size 1."""
-    left, right = map(shape_of, op.slots)
-    return not all(
-        sizes_equal(left[first.index(i)], right[second.index(i)])
-        for i in first
-        if i in second
-    )
-
-
-def _permute(node: Node, dims: list[int], *, like: Node) -> Node:
-    if dims == sorted(dims):
-        return node
-    return call_like(like, aten.permute.default, node, dims)

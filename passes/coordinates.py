@@ -5,7 +5,7 @@ the batch, a query head ``i1``, a query ``i2`` and a key ``i3``. From the result
 every node's index is written in these. Invariant: a dim of size 1 has index 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -32,11 +32,18 @@ class Grid:
         batch: B.
         heads: query heads H.
         lead: index into each leading dim of the attention's result.
+        flat: queries of each head, where heads and queries share the dim of rows.
     """
 
     batch: Size
     heads: Size
     lead: tuple[Expr, ...]
+    flat: int | None = None
+
+    @property
+    def row(self) -> Expr:
+        """Index into the dim of rows of the attention's result."""
+        return ROW if self.flat is None else HEAD * self.flat + ROW
 
     @classmethod
     def of(cls, lead: Sequence[Size], heads: int = 1) -> "Grid":
@@ -63,9 +70,9 @@ class Grid:
 
     def settle(self, e: Expr) -> Expr:
         """``e`` in normal form, its head index known to be below H."""
-        if not isinstance(self.heads, int):
-            return canonical_sum(e)
-        return _settle(canonical_sum(e), self.heads)
+        sizes = {HEAD: self.heads, ROW: self.flat}
+        known = {s: size for s, size in sizes.items() if isinstance(size, int)}
+        return settle(canonical_sum(e), known)
 
     def full(self, node: Node) -> list[Expr]:
         """The index into the leading dims of a tensor that ends in two others."""
@@ -82,19 +89,20 @@ def _index_groups(heads: int, groups: Sequence[int]) -> list[Expr]:
     return [_at(e, size) for e, size in zip(index, groups, strict=True)]
 
 
-def _settle(e: Expr, heads: int) -> Expr:
-    """Decide the floors and remainders of ``HEAD`` alone, which is below ``heads``."""
+def settle(e: Expr, sizes: Mapping[sympy.Symbol, int]) -> Expr:
+    """Decide floors and remainders of one index alone, which is below its size."""
     known: dict[Expr, Expr] = {}
     for term in e.atoms(sympy.floor, sympy.Mod):
         is_floor = isinstance(term, sympy.floor)
         x, n = split_floor(term) if is_floor else (term.args[0], int(term.args[1]))
-        if x.free_symbols != {HEAD}:
+        if len(x.free_symbols) != 1 or not x.free_symbols <= sizes.keys():
             continue
-        low, high = find_bounds(x.xreplace({HEAD: sympy.S.Zero}))
-        slope = split_terms(x)[0].get(HEAD)
+        (symbol,) = x.free_symbols
+        low, high = find_bounds(x.xreplace({symbol: sympy.S.Zero}))
+        slope = split_terms(x)[0].get(symbol)
         if slope is None or low is None or high is None:
             continue
-        ends = sorted((low, low + slope * (heads - 1)))
+        ends = sorted((low, low + slope * (sizes[symbol] - 1)))
         if ends[0] // n == ends[1] // n:
             whole = sympy.Integer(ends[0] // n)
             known[term] = whole if is_floor else x - n * whole

@@ -31,8 +31,9 @@ from ringcompile.passes.read_added import (
     may_hide,
     read_condition,
 )
+from ringcompile.passes.read_factor import find_factor
 from ringcompile.passes.read_mask import MaskReader
-from ringcompile.passes.read_score import Score
+from ringcompile.passes.read_score import Score, hides_all
 from ringcompile.passes.read_spelled import read_spelled
 from ringcompile.passes.read_values import Reader
 from ringcompile.passes.regions import BiasOperand, Refusal, Region
@@ -120,20 +121,32 @@ def _build_region(masks: MaskReader, parts: Parts) -> Region:
         softcap=score.cap if is_capped else None,
         biases=biases,
         sinks=score.sinks,
+        factors=tuple(find_factor(f, parts.shape, grid) for f in score.factors),
     )
 
 
 def _check_biases(biases: Sequence[BiasOperand], score: Score) -> None:
-    """Where all keys that a query sees have a bias of finfo.min, dropped ones count."""
-    hiding = [bias.node.name for bias in biases if may_hide(bias.node)]
-    if hiding and any(drop.number != -math.inf for drop in score.drops):
+    """Where all keys that a query sees have a low bias, those dropped count too."""
+    numbers = [d.number for d in score.drops if d.number != -math.inf]
+    if not numbers:
+        return
+    moderate = [n for n in numbers if not hides_all(n, score.dtype)]
+    above = -max(moderate) / _MARGIN if moderate else math.inf
+    hiding = [
+        bias.node.name
+        for bias in biases
+        if abs(bias.factor) > above or may_hide(bias.node, above)
+    ]
+    if hiding:
+        low = max(moderate) if moderate else "finfo.min"
         raise Refused(
-            f"attention with the float mask {hiding[0]} and keys dropped by finfo.min",
+            f"attention with the float mask {hiding[0]} and keys dropped by {low}",
             because="a query whose keys the mask hides would then see the dropped ones",
             instead="a bool mask, or -inf for the keys that are dropped",
         )
 
 
+_MARGIN = 100  # what a bias may be at most, as a share of what drops keys
 _MEANS = (EmptyRow.MEAN_ALL, EmptyRow.MEAN_FILLED)
 
 
@@ -141,11 +154,13 @@ def _find_empty_row(parts: Parts, *, may_be_empty: bool) -> EmptyRow:
     """What a query gives that has no key, or only keys whose bias is -inf."""
     if parts.score.sinks is not None or not (may_be_empty or parts.score.biases):
         return EmptyRow.ZERO  # a sink is a key
+    if parts.empty_row is not None:
+        return parts.empty_row
     if parts.infinite is None:
         raise Refused(
-            "attention with a softmax spelled as exp and sum",
+            "attention with a softmax spelled as exp and sum, or weights masked again",
             because="a query may have no key, and what it then gives is left to chance",
-            instead="call torch.softmax, or keep at least one key for each query",
+            instead="call torch.softmax alone, or keep at least one key for each query",
         )
     return parts.score.empty_row(parts.infinite) if may_be_empty else parts.infinite
 

@@ -40,6 +40,7 @@ class Parts:
             keys gives what no ring can.
         dropout: share of weights that are dropped.
         transposed: whether the output is a view of ``(B, H, E, S)``.
+        empty_row: what a query without keys gives, however they were dropped, if known.
     """
 
     output: Node
@@ -51,6 +52,7 @@ class Parts:
     infinite: EmptyRow | None
     dropout: float = 0.0
     transposed: bool = False
+    empty_row: EmptyRow | None = None
 
 
 def check_dropout(rate: float) -> float:
@@ -72,9 +74,9 @@ def check_lengths(q_length: Size, k_length: Size, v_length: Size) -> None:
             because="each key has one value",
             instead="give K and V one length",
         )
-    if 1 in (q_length, k_length):
+    if any(length in (0, 1) for length in (q_length, k_length)):
         raise Refused(
             f"attention of {q_length} queries over {k_length} keys",
-            because="a sequence of one token can't be cut over ranks",
+            because="a sequence of one token, or of none, can't be cut over ranks",
             instead="nothing; this attention runs gathered",
         )

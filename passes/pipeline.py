@@ -234,7 +234,7 @@ def _find_regions(made: Rewritten) -> tuple[Region, ...]:
 def _run_whole(opaque: Node, options: RingOptions) -> str:
     """Warn of it; return what was said."""
     error = UnsupportedAttentionError(
-        f"a graph with {opaque.target}",
+        f"a graph with {getattr(opaque.target, '__name__', opaque.target)}",
         at=where(opaque),
         because="its own backward or policy can't be carried through the rewrite yet",
         instead="keep it out of what is compiled (torch.compiler.disable)",

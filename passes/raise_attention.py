@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ringcompile.ops import RING_ATTENTION
 from ringcompile.passes.op import shape_of
-from ringcompile.passes.regions import BiasOperand, Operand, Region
+from ringcompile.passes.regions import BiasOperand, FactorOperand, Operand, Region
 from ringcompile.passes.symbolic import Size
 from ringcompile.torch_private import sizes_equal
 
@@ -35,11 +35,11 @@ def _replace(graph: Graph, index: int, region: Region) -> Node:
         q, k, v = (
             _write_operand(graph, o, dtype) for o in (region.q, region.k, region.v)
         )
+        for factor in region.factors:
+            q = _write_factor(graph, q, factor)
         seeds = [_write_seed(graph, q)] if region.dropout else []
         biases = [_write_bias(graph, bias, q) for bias in region.biases]
-        sinks = region.sinks
-        if sinks is not None:
-            sinks = _view(graph, sinks, (region.q.shape[1],))
+        sinks = _write_sinks(graph, region, q)
         args = (q, k, v, [*region.captures, *seeds], biases, sinks)
         call = graph.call_function(RING_ATTENTION, args, {"plan": f"attention {index}"})
         _set_value(call, output, (*region.q.shape[:3], region.v.shape[3]))
@@ -65,14 +65,47 @@ def _write_seed(graph: Graph, q: Node) -> Node:
     return node
 
 
+def _write_sinks(graph: Graph, region: Region, q: Node) -> Node | None:
+    """A number for each head."""
+    sinks, heads = region.sinks, region.q.shape[1]
+    if sinks is None:
+        return None
+    if isinstance(sinks, Node):
+        return _view(graph, sinks, (heads,))
+    value = q.meta["val"]
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    node = graph.call_function(
+        aten.full.default,
+        ([_write_size(graph, q, heads)], sinks),
+        {"dtype": dtype, "device": value.device},
+    )
+    node.meta["val"] = value.new_empty((heads,), dtype=dtype)
+    return node
+
+
 def _write_operand(graph: Graph, operand: Operand, dtype: torch.dtype) -> Node:
     node = _view(graph, operand.node, operand.view) if operand.view else operand.node
-    if node.meta["val"].dtype != dtype:
-        cast = graph.call_function(aten.to.dtype, (node, dtype))
-        cast.meta.update(node.meta)
-        cast.meta["val"] = node.meta["val"].to(dtype)
-        node = cast
+    node = _cast(graph, node, dtype)
     return _transpose(graph, node) if operand.transposed else node
+
+
+def _write_factor(graph: Graph, q: Node, factor: FactorOperand) -> Node:
+    """Q times a tensor, in the dtype of Q."""
+    other = _view(graph, factor.node, factor.view)
+    target = aten.div.Tensor if factor.divides else aten.mul.Tensor
+    node = graph.call_function(target, (q, other))
+    node.meta.update(q.meta)
+    node.meta["val"] = target(q.meta["val"], other.meta["val"])
+    return _cast(graph, node, q.meta["val"].dtype)
+
+
+def _cast(graph: Graph, node: Node, dtype: torch.dtype) -> Node:
+    if node.meta["val"].dtype == dtype:
+        return node
+    cast = graph.call_function(aten.to.dtype, (node, dtype))
+    cast.meta.update(node.meta)
+    cast.meta["val"] = node.meta["val"].to(dtype)
+    return cast
 
 
 def _write_bias(graph: Graph, bias: BiasOperand, q: Node) -> Node:

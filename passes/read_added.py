@@ -225,12 +225,20 @@ def find_bias(term: BiasTerm, shape: tuple[Size, ...], grid: Grid) -> BiasOperan
     return BiasOperand(term.node, view, shape, term.factor)
 
 
-def may_hide(node: Node) -> bool:
+_HUGE = 1e30
+
+
+def may_hide(node: Node, above: float = _HUGE) -> bool:
     """Whether a bias may hold numbers as low as ``finfo.min``, which hide a key.
 
     It may if it follows from floats that are passed in, or from such a number; what a
     layer or a table of weights gives is taken for moderate.
+
+    Args:
+        node: the bias.
+        above: how large a number must be to count as one.
     """
+    above = min(above, _HUGE)
     work, seen = [node], {node}
     while work:
         n = work.pop()
@@ -239,26 +247,25 @@ def may_hide(node: Node) -> bool:
                 return True
             continue
         if n.op == "get_attr" and _is_huge(
-            getattr(n.graph.owning_module, str(n.target))
+            getattr(n.graph.owning_module, str(n.target)), above
         ):
             return True
         op = read_op(n)
         if op is None or op.packet in _MODERATE:
             continue
-        if any(map(_is_huge, op.args.values())):
+        if any(_is_huge(value, above) for value in op.args.values()):
             return True
         work += [m for m in n.all_input_nodes if m not in seen]
         seen.update(n.all_input_nodes)
     return False
 
 
-def _is_huge(value: object) -> bool:
+def _is_huge(value: object, above: float) -> bool:
     if isinstance(value, Tensor):
-        return value.is_floating_point() and bool((value.abs() > _HUGE).any())
-    return isinstance(value, float) and abs(value) > _HUGE
+        return value.is_floating_point() and bool((value.abs() > above).any())
+    return isinstance(value, int | float) and abs(value) > above
 
 
-_HUGE = 1e30
 _MODERATE = {*PRODUCTS, aten.linear, aten.einsum, aten.embedding, aten.softmax}
 
 

@@ -2,8 +2,8 @@
 
 The result is a predicate of ``ir.mask`` and the nodes that it reads at run time.
 Invariants: no tensor of one value per (query, key) pair is read at run time, but one
-that the user passes in, tile by tile; equal masks built differently give the same
-predicate and captures in the same order.
+that the user passes in, or a test of it, tile by tile; equal masks built differently
+give the same predicate and captures in the same order.
 """
 
 from collections.abc import Iterable
@@ -106,12 +106,21 @@ class MaskReader:
 
     def _check_captures(self, p: Boolean, shape: tuple[Size, ...]) -> tuple[Node, ...]:
         reads = captures_in(p)
-        for read in reads:
-            _check_reads_one_token(read, self.reader.node_of(read))
         nodes = {self.reader.node_of(read) for read in reads}
-        for node in nodes:
+        given = {n for n in nodes if self._is_given(n)}
+        for read in reads:
+            if self.reader.node_of(read) not in given:
+                _check_reads_one_token(read, self.reader.node_of(read))
+        for node in nodes - given:
             _check_small(node, shape)
         return tuple(sorted(nodes, key=self.reader.place_of))
+
+    def _is_given(self, node: Node) -> bool:
+        """Whether it is on every rank whatever is done here: passed in, or by one test.
+
+        A test of floats that are passed in is a quarter of what is there already.
+        """
+        return node.op == "placeholder" or self.reader.tests_input(node)
 
 
 def _number_captures(
@@ -138,7 +147,7 @@ def _check_reads_one_token(read: AppliedUndef, node: Node) -> None:
     if all(isinstance(e, sympy.floor) for e in read.args if e.has(Q, K)):
         return  # it holds a value for every pair of blocks
     tokens = [e.free_symbols & {Q, K} for e in read.args]
-    if sum(map(len, tokens)) > 1 and node.op != "placeholder":
+    if sum(map(len, tokens)) > 1:
         raise Unreadable(
             f"{node.name} {list(shape_of(node))} holds a value for every pair of tokens"
             " that is known at run time only"
@@ -146,12 +155,7 @@ def _check_reads_one_token(read: AppliedUndef, node: Node) -> None:
 
 
 def _check_small(node: Node, shape: tuple[Size, ...]) -> None:
-    """No tensor that leads to a capture may have one element per pair of tokens.
-
-    One that the user passes in is on every rank whatever is done here.
-    """
-    if node.op == "placeholder":
-        return
+    """No tensor that leads to a capture may have one element per pair of tokens."""
     seen = set()
     work = [node]
     while work:

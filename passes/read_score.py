@@ -46,6 +46,21 @@ class BiasTerm:
 
 
 @dataclass(frozen=True, slots=True)
+class FactorTerm:
+    """A float tensor that products were multiplied with, or divided by.
+
+    Attributes:
+        node: the tensor.
+        index: into it, of the score of ``i0 .. i3``.
+        divides: whether they were divided by it.
+    """
+
+    node: Node
+    index: tuple[Expr, ...]
+    divides: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Score:
     """Scores as a function of batch, head, query and key, ``i0 .. i3``.
 
@@ -57,7 +72,9 @@ class Score:
         cap: factor of the tanh of the scaled product; None if no tanh was taken.
         biases: what was added.
         shifted: whether each query's largest score was taken off.
-        sinks: the node of ``(H,)`` scores of one more key, whose value is 0.
+        factors: what products were multiplied with, beside ``scale``.
+        sinks: the score of one more key, whose value is 0: a node of ``(H,)``, or one
+            number for all heads.
     """
 
     scale: float
@@ -66,8 +83,9 @@ class Score:
     dtype: torch.dtype = torch.float32
     cap: float | None = None
     biases: tuple[BiasTerm, ...] = ()
-    sinks: Node | None = None
+    sinks: Node | float | None = None
     shifted: bool = False
+    factors: tuple[FactorTerm, ...] = ()
 
     @property
     def is_plain(self) -> bool:
@@ -81,14 +99,20 @@ class Score:
         if factor == 0 or not math.isfinite(factor):
             raise Unreadable(f"scores are multiplied with {factor}")
         numbers = {d: round_to(d.number * factor, dtype) for d in self.drops}
-        for number in numbers.values():
-            check_drops(number, dtype)
+        for drop, number in numbers.items():
+            check_drops(number, dtype, replaces=drop.replaces)
         drops = frozenset(replace(d, number=n) for d, n in numbers.items())
         biases = tuple(replace(b, factor=b.factor * factor) for b in self.biases)
         changed = replace(self, drops=drops, biases=biases)
         if self.cap is not None:
             return replace(changed, cap=self.cap * factor)
         return replace(changed, scale=self.scale * factor)
+
+    def multiply_by(self, factor: FactorTerm) -> "Score":
+        """Every product times a tensor, while scores are nothing more."""
+        if not self.is_plain:
+            raise Unreadable("scores are multiplied by a tensor once they are changed")
+        return replace(self, factors=(*self.factors, factor))
 
     def cast(self, dtype: torch.dtype) -> "Score":
         """Every score rounded to ``dtype``: a low number may become -inf."""
@@ -132,7 +156,7 @@ class Score:
         """Each query's largest score taken off all of its scores."""
         return replace(self, shifted=True)
 
-    def sink(self, node: Node) -> "Score":
+    def sink(self, node: Node | float) -> "Score":
         """One more key for each head."""
         self._check_no_sink()
         if self.shifted:
@@ -143,7 +167,7 @@ class Score:
         """Scores replaced by a number in some places."""
         self._check_no_sink()
         number = round_to(number, dtype)
-        check_drops(number, dtype)
+        check_drops(number, dtype, replaces=True)
         drops = self.drops | {Drop(number, replaces=True)}
         keeps = conjunction(self.keeps, negate(where))
         changed = replace(self, keeps=keeps, drops=drops, dtype=dtype)
@@ -172,6 +196,11 @@ class Score:
         numbers = {d.number for d in self.drops}
         if numbers == {-math.inf}:
             return infinite
+        if self.biases and not all(hides_all(n, self.dtype) for n in numbers):
+            raise Unreadable(
+                f"a query may have no key, and its biases would then count beside"
+                f" {sorted(numbers)}"
+            )
         coarse = self.dtype is not torch.float16 or all(d.replaces for d in self.drops)
         ways = {d.replaces for d in self.drops}
         if len(numbers) == 1 and len(ways) == 1 and coarse:
@@ -195,13 +224,31 @@ def _split(cases: tuple[Case, ...], dtype: torch.dtype) -> tuple[Boolean, list[f
     return kept, list(numbers)
 
 
-def check_drops(number: float, dtype: torch.dtype) -> None:
-    """Refuse a number that does not drop a key for certain."""
-    if not number <= torch.finfo(dtype).min / 2:
-        raise Unreadable(
-            f"{number} is added to scores of {dtype}, or put in their place; only 0,"
-            " -inf and torch.finfo(dtype).min are known to keep or drop a key"
-        )
+def check_drops(number: float, dtype: torch.dtype, *, replaces: bool = False) -> None:
+    """Refuse a number that does not drop a key for certain.
+
+    Where it replaces a score, it is enough that scores so low would have no meaning:
+    neighbours in their dtype lie 1 or more apart.
+    """
+    if hides_all(number, dtype) or (replaces and number <= _find_meaningless(dtype)):
+        return
+    raise Unreadable(
+        f"{number} is added to scores of {dtype}, or put in their place; only 0,"
+        " -inf and torch.finfo(dtype).min are known to keep or drop a key"
+    )
+
+
+def hides_all(number: float, dtype: torch.dtype) -> bool:
+    """Whether whatever moderate score it is added to is lost."""
+    return number <= torch.finfo(dtype).min / 2
+
+
+def _find_meaningless(dtype: torch.dtype) -> float:
+    return -min(max(1 / torch.finfo(dtype).eps, _SURELY_ZERO), _LOWEST_NAMED)
+
+
+_SURELY_ZERO = 1e4  # exp(-1e4) is 0 in every dtype
+_LOWEST_NAMED = 1e8  # float64, too, is filled by the -1e9 of float32
 
 
 def round_to(number: float, dtype: torch.dtype) -> float:

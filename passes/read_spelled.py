@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from ringcompile.ir.mask import negate
 from ringcompile.passes.coordinates import COLUMN, ROW, Grid, align, climb
-from ringcompile.passes.find_softmax import Spelled, is_own_max, moves_elements
+from ringcompile.passes.find_softmax import Spelled, hides, moves_elements
 from ringcompile.passes.op import Op, read_op, shape_of
 from ringcompile.passes.operands import (
     NOT_FOLLOWED,
@@ -29,9 +29,12 @@ from ringcompile.passes.read_added import (
     read_condition,
     read_number,
 )
+from ringcompile.passes.read_factor import read_factor
 from ringcompile.passes.read_score import Score
 from ringcompile.passes.read_sink import add_sink
+from ringcompile.passes.read_softmax import is_own_max
 from ringcompile.passes.read_values import Reader
+from ringcompile.passes.read_zeros import drop_zeros, settle_refilled
 from ringcompile.passes.symbolic import Unreadable
 from ringcompile.passes.value_scalars import holds_tensor, read_scalar
 from ringcompile.torch_private import sizes_equal
@@ -81,16 +84,18 @@ def read_spelled(reader: Reader, spelled: Spelled) -> Parts:
     output = spelled.outputs[0]
     dropout = _read_dropout(spelled)
     result = _read_result(spelled, output)
-    index = _climb_to_softmax(spelled, result)
+    way_out = list(_climb_to_softmax(spelled, result))
+    index = way_out[-1][1]
     _check_softmax(spelled, index)
     way = list(_climb_to_product(spelled, index, result.grid))
     product, at = way[-1]
-    q, k = _read_factors(product, at)
+    q, k = _read_factors(product, at, result.grid)
     check_lengths(q.length, k.length, result.v.length)
     score = _read_scale(Step(reader, _op(product), product, at, result.grid))
     for (below, _), (node, here) in pairwise(way[::-1]):
         step = Step(reader, _op(node), below, here, result.grid)
         score = _read_step(step, score)
+    score = _finish_score(spelled, score, reader, index)
     _check_keys(spelled, score, result, q)
     dtype = output.meta["val"].dtype
     # Autocast gives the product of wider operands the dtype of the result.
@@ -100,10 +105,16 @@ def read_spelled(reader: Reader, spelled: Spelled) -> Parts:
     )
     score = score.cast(spelled.softmax.weights.meta["val"].dtype)
     shape = (result.grid.batch, result.grid.heads, q.length, k.length)
-    return Parts(
+    parts = Parts(
         *(output, shape, *operands, score, spelled.softmax.infinite, dropout),
         transposed=result.transposed,
     )
+    filled = [
+        (op, *way_out[i + 1][:1], at)
+        for i, (node, at) in enumerate(way_out[:-1])
+        if hides(op := _op(node), way_out[i + 1][0])
+    ]
+    return settle_refilled(parts, filled, reader)
 
 
 def _op(node: Node) -> Op:
@@ -152,7 +163,9 @@ def _read_result(spelled: Spelled, output: Node) -> _Result:
             instead="give V a dim of features of size 1",
         )
     grid = _find_grid(spelled, output)
-    matrix = [ROW, COLUMN] if on_left else [COLUMN, ROW]
+    if grid.flat is not None and not on_left:
+        raise Unreadable("heads and queries are laid end to end, behind features")
+    matrix = [grid.row, COLUMN] if on_left else [COLUMN, grid.row]
     lead = grid.full(output)
     index = align(shape_of(weights), [*lead, *matrix])
     rows = Rows.of(v, align(shape_of(v)[:-2], lead), transposed=not on_left)
@@ -168,18 +181,38 @@ def _find_grid(spelled: Spelled, output: Node) -> Grid:
         is_split = len(heads) == 1 and isinstance(heads[0], int)
         if is_split and sizes_equal(batch * heads[0], lead[0]):
             return Grid.of(lead, heads[0])
+        if is_split and sizes_equal(batch, lead[0]) and _is_flat(node, output):
+            return Grid(batch, heads[0], Grid.of(lead).lead, shape_of(node)[2])
     operands = [*_op(spelled.way_down[0]).slots[-2:], *_op(output).slots]
     return Grid.of(lead, find_heads(operands, lead))
 
 
-def _climb_to_softmax(spelled: Spelled, result: _Result) -> Sequence[Expr]:
-    """The index of the softmax's result."""
+def _is_flat(scores: Node, output: Node) -> bool:
+    """Whether rows of the output are heads and queries of scores, laid end to end.
+
+    As many queries as keys: the rows and columns of a picture are no heads.
+    """
+    _, heads, queries, keys = shape_of(scores)
+    known = all(isinstance(n, int) for n in (heads, queries, keys))
+    return known and queries == keys and heads * queries == shape_of(output)[-2]
+
+
+def _climb_to_softmax(
+    spelled: Spelled, result: _Result
+) -> Iterator[tuple[Node, Sequence[Expr]]]:
+    """Every node from the weights up to the softmax's result, and its index."""
     node, index = result.weights, result.index
     while node is not spelled.softmax.weights:
+        yield node, index
         op = _op(node)
-        index = climb(op, op.slots[0], index, result.grid)
-        node = op.slots[0]
-    return index
+        above = next(n for n in op.slots if _is_weights(spelled, n))
+        index = climb(op, above, index, result.grid)
+        node = above
+    yield node, index
+
+
+def _is_weights(spelled: Spelled, node: Node) -> bool:
+    return node in (spelled.softmax.weights, *spelled.way_out)
 
 
 def _climb_to_product(
@@ -208,12 +241,23 @@ def _check_softmax(spelled: Spelled, index: Sequence[Expr]) -> None:
         )
 
 
+def _finish_score(
+    spelled: Spelled, score: Score, reader: Reader, index: Sequence[Expr]
+) -> Score:
+    """What a softmax that is spelled out does to exps before it divides them."""
+    softmax = spelled.softmax
+    if softmax.masked is not None:
+        score = drop_zeros(reader, softmax.masked, index, score)
+    return score if softmax.sink is None else score.sink(softmax.sink)
+
+
 def _check_keys(spelled: Spelled, score: Score, result: "_Result", q: Rows) -> None:
     """All weights, but the sink's, must reach V, and all queries the result."""
     size = shape_of(spelled.softmax.weights)[spelled.softmax.dim]
-    keys = result.v.length + (score.sinks is not None)
+    keys = result.v.length + isinstance(score.sinks, Node)
     rows = shape_of(spelled.outputs[0])[-1 if result.transposed else -2]
-    if not (sizes_equal(size, keys) and sizes_equal(rows, q.length)):
+    queries = q.length if result.grid.flat is None else q.length * result.grid.heads
+    if not (sizes_equal(size, keys) and sizes_equal(rows, queries)):
         raise Refused(
             f"attention with a softmax over {size} scores, {keys} of them used, for"
             f" {q.length} queries, {rows} of them used",
@@ -222,7 +266,9 @@ def _check_keys(spelled: Spelled, score: Score, result: "_Result", q: Rows) -> N
         )
 
 
-def _read_factors(product: Node, index: Sequence[Expr]) -> tuple[Rows, Rows]:
+def _read_factors(
+    product: Node, index: Sequence[Expr], grid: Grid
+) -> tuple[Rows, Rows]:
     """Q and K of a product of scores, either way round."""
     op = _op(product)
     if op.packet not in PRODUCTS:
@@ -238,6 +284,9 @@ def _read_factors(product: Node, index: Sequence[Expr]) -> tuple[Rows, Rows]:
         raise Unreadable("queries or keys run along a dim of the batch")
     first = Rows.of(left, leads[0], transposed=False)
     second = Rows.of(right, leads[1], transposed=True)
+    if grid.flat is not None and (row, column) == (grid.row, COLUMN):
+        flat = [*leads[0], *align(shape_of(left)[-2:], [row, COLUMN])]
+        return Rows(left, flat, grid.flat, first.features), second
     if (row, column) == (ROW, COLUMN):
         return first, second
     if (row, column) == (COLUMN, ROW):
@@ -341,49 +390,60 @@ def _read_step(step: Step, score: Score) -> Score:
 
 
 def _multiply(step: Step, score: Score) -> Score:
-    return score.multiply(_read_factor(step), step.dtype)
+    return _scale(step, score, divides=False)
 
 
 def _divide(step: Step, score: Score) -> Score:
     op = step.op
     if op.args["self"] is not step.below or op.args.get("rounding_mode") is not None:
         raise Unreadable(f"{op.node.name} divides by scores or rounds them")
-    return score.multiply(1.0 / _read_factor(step), step.dtype)
+    return _scale(step, score, divides=True)
 
 
-def _read_factor(step: Step) -> float:
-    """The number that scores are multiplied with or divided by."""
+def _scale(step: Step, score: Score, *, divides: bool) -> Score:
+    """Scores multiplied with a number, or with a tensor that keys don't vary."""
     op = step.op
     others = [
         op.args[name] for name in ("self", "other") if op.args[name] is not step.below
     ]
     if len(others) != 1:
         raise Unreadable(f"{op.node.name} multiplies scores with themselves")
-    return read_number(step.reader, others[0], "scales scores")
+    try:
+        number = read_number(step.reader, others[0], "scales scores")
+    except Unreadable:
+        if not holds_tensor(others[0]):
+            raise
+        return score.multiply_by(read_factor(step, others[0], divides=divides))
+    return score.multiply(1.0 / number if divides else number, step.dtype)
 
 
 def _add(step: Step, score: Score) -> Score:
     op = step.op
-    others = [n for n in op.slots if n is not step.below]
     if not holds_tensor(op.args["other"]) and read_scalar(op.args["other"]) == 0:
         return score
-    alpha = float(read_scalar(op.args.get("alpha", 1)))
-    if len(others) != 1 or (alpha != 1 and op.args["other"] is step.below):
-        raise Unreadable(f"{op.node.name} adds scores, or a multiple")
-    return add_tensor(step.reader, others[0], step, score, factor=alpha)
+    return _add_other(step, score, sign=1.0)
 
 
 def _subtract(step: Step, score: Score) -> Score:
     op = step.op
-    if op.args["self"] is not step.below:
-        raise Unreadable(f"{op.node.name} subtracts scores")
-    if is_own_max(op, list(step.index).index(COLUMN)):
+    is_first = op.args["self"] is step.below
+    if is_first and is_own_max(op, list(step.index).index(COLUMN)):
         return score.shift()
+    return _add_other(step, score, sign=-1.0)
+
+
+def _add_other(step: Step, score: Score, *, sign: float) -> Score:
+    """``self + sign * alpha * other``, of which one is the scores."""
+    op = step.op
     others = [n for n in op.slots if n is not step.below]
-    alpha = float(read_scalar(op.args.get("alpha", 1)))
+    factor = sign * float(read_scalar(op.args.get("alpha", 1)))
     if len(others) != 1:
-        raise Unreadable(f"{op.node.name} subtracts from scores")
-    return add_tensor(step.reader, others[0], step, score, factor=-alpha)
+        raise Unreadable(f"{op.node.name} adds scores to scores, or a number")
+    if op.args["other"] is not step.below:
+        return add_tensor(step.reader, others[0], step, score, factor=factor)
+    if factor != 1:
+        score = score.multiply(factor, step.dtype)
+    return add_tensor(step.reader, others[0], step, score)
 
 
 def _where(step: Step, score: Score) -> Score:

@@ -29,11 +29,12 @@ from ringcompile.passes.symbolic import (
 from ringcompile.passes.value_elementwise import elementwise
 from ringcompile.passes.value_rules import RULES
 from ringcompile.passes.value_scalars import read_constant
-from ringcompile.passes.value_views import Call
+from ringcompile.passes.value_views import VIEWS, Call
 
 aten = torch.ops.aten
 
 # Expressions are evaluated in the dtype of what they read: narrower ints would wrap.
+_TESTS = {aten.eq, aten.ne, aten.gt, aten.ge, aten.lt, aten.le, aten.to, aten._to_copy}  # noqa: SLF001
 _CAPTURED = (torch.bool, torch.int32, torch.int64)
 
 
@@ -141,7 +142,21 @@ class Reader:
 
     def _can_capture(self, node: Node) -> bool:
         dtype = node.meta["val"].dtype
+        if dtype is torch.bool and self.tests_input(node):
+            return True
         return dtype in _CAPTURED and self._is_replicated(node)
+
+    def tests_input(self, node: Node) -> bool:
+        """Whether it compares floats that are passed in with a number, one by one."""
+        op = read_op(node)
+        if op is None or len(op.slots) != 1 or op.packet not in _TESTS:
+            return False
+        source = op.slots[0]
+        while (above := read_op(source)) is not None and above.packet in VIEWS:
+            source = above.slots[0]
+        is_given = source.op in ("placeholder", "get_attr") and is_float(source)
+        is_learned = source.meta.get("is_parameter", False)
+        return is_given and not is_learned and not self.is_mutated(source)
 
     def _is_replicated(self, node: Node) -> bool:
         """Whether it follows from integers and bools only, the same on every rank."""

@@ -50,6 +50,21 @@ class BiasOperand:
 
 
 @dataclass(frozen=True, slots=True)
+class FactorOperand:
+    """A float tensor that Q is multiplied with, or divided by.
+
+    Attributes:
+        node: the tensor.
+        view: its shape as ``(B or 1, H or 1, S or 1, 1)``.
+        divides: whether Q is divided by it.
+    """
+
+    node: Node
+    view: tuple[Size, ...]
+    divides: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Region:
     """One attention that can become a ring.
 
@@ -66,7 +81,8 @@ class Region:
         transposed: whether the output is a view of ``(B, H, E, S)`` instead.
         softcap: as of ``ir.attention.RankPlan``.
         biases: what is added to scores.
-        sinks: ``(H,)`` scores of one more key per head, whose value is 0.
+        sinks: ``(H,)`` scores of one more key per head, whose value is 0; or a number.
+        factors: what Q is multiplied with first.
         is_cross: whether keys are tokens of another sequence than queries.
     """
 
@@ -82,7 +98,8 @@ class Region:
     transposed: bool = False
     softcap: float | None = None
     biases: tuple[BiasOperand, ...] = ()
-    sinks: Node | None = None
+    sinks: Node | float | None = None
+    factors: tuple[FactorOperand, ...] = ()
     is_cross: bool = False
 
 

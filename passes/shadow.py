@@ -28,6 +28,7 @@ from ringcompile.passes.places import Move, innermost_module, move_modules
 from ringcompile.passes.sharded_inputs import LOCAL, Lengths
 from ringcompile.torch_private import (
     AUTOCAST_CALLS,
+    AUTOGRAD_GRAD,
     ENTER_AUTOCAST,
     fake_inputs,
     is_fake,
@@ -95,10 +96,13 @@ def find_opaque(gm: GraphModule) -> Node | None:
     """The first call whose meaning a flat trace would lose; None if there is none.
 
     Tracing through a user's ``autograd.Function`` keeps its forward and drops its
-    backward; a selective checkpoint's policy would be dropped too.
+    backward; a selective checkpoint's policy would be dropped too. A backward inside
+    of the forward, as of ``torch.func.grad``, leaves no trace at all.
     """
     for node in gm.graph.nodes:
         target = node.target
+        if target is AUTOGRAD_GRAD:
+            return node  # type: ignore[no-any-return]
         if not isinstance(target, HigherOrderOperator) or target.name() == FLEX:
             continue
         body = node.args[0] if node.args else None

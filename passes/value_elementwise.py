@@ -28,6 +28,7 @@ from ringcompile.ir.mask import (
     negate,
 )
 from ringcompile.ir.sums import split_terms
+from ringcompile.passes.op import read_op
 from ringcompile.passes.symbolic import (
     Case,
     Content,
@@ -248,7 +249,20 @@ def _where(call: Call) -> Content:
 
 def _masked_fill(call: Call) -> Content:
     when = read_truth(call.tensor("mask").broadcast(len(call.shape)))
+    if _fills_all_but_zeros(call):
+        return choose(when, _operand(call, "value"), constant_content(0.0, call.dtype))
     return choose(when, _operand(call, "value"), _operand(call, "self"))
+
+
+def _fills_all_but_zeros(call: Call) -> bool:
+    """Whether the mask is where the tensor itself is not 0."""
+    x = call.op.args["self"]
+    mask = read_op(call.op.args["mask"])
+    if mask is None or mask.slots != (x,) or call.is_mutated(x):
+        return False
+    if mask.packet is aten.ne:
+        return bool(mask.args["other"] == 0)
+    return mask.packet in (aten.to, aten._to_copy)  # noqa: SLF001
 
 
 ELEMENTWISE: dict[OpOverloadPacket, Callable[[Call], Content]] = {

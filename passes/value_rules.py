@@ -33,6 +33,7 @@ from ringcompile.passes.value_scalars import (
     holds_tensor,
     read_scalar,
 )
+from ringcompile.passes.value_tests import read_test
 from ringcompile.passes.value_views import VIEWS, Call, indices, read_integer
 from ringcompile.torch_private import sizes_equal
 
@@ -66,6 +67,21 @@ def _read_product(call: Call) -> Content | None:
         return None
     ndim = len(call.shape)
     return conjunction(*(read_truth(call.read(x).broadcast(ndim)) for x in op.slots))
+
+
+def _or_test(rule: Rule) -> Rule:
+    """A comparison by ``rule``; if what it compares is unknown, by the number alone."""
+
+    def compare(call: Call) -> Content:
+        try:
+            return rule(call)
+        except Unreadable:
+            found = read_test(call)
+            if found is None:
+                raise
+            return found
+
+    return compare
 
 
 # ---- making tensors ------------------------------------------------------------------
@@ -198,8 +214,9 @@ def _triangle(sign: int) -> Rule:
 RULES: dict[OpOverloadPacket, Rule] = {
     **dict.fromkeys(VIEWS, _view),
     **ELEMENTWISE,
-    aten.to: _cast,
-    aten._to_copy: _cast,  # noqa: SLF001
+    **{op: _or_test(ELEMENTWISE[op]) for op in (aten.eq, aten.ne)},
+    aten.to: _or_test(_cast),
+    aten._to_copy: _or_test(_cast),  # noqa: SLF001
     aten.type_as: _cast,
     aten.arange: _arange,
     aten.full: _fill_with("fill_value"),

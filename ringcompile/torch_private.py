@@ -30,6 +30,9 @@ ENCODER_LAYER = torch._transformer_encoder_layer_fwd  # noqa: SLF001
 SET_GRAD_ENABLED = torch._C._set_grad_enabled  # noqa: SLF001
 """The call by which a graph turns gradients on and off."""
 
+AUTOGRAD_GRAD = torch._functorch.eager_transforms._autograd_grad  # noqa: SLF001
+"""The call by which ``torch.func.grad`` and ``vjp`` go back inside of a forward."""
+
 ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast  # noqa: SLF001
 """The call by which a graph enters autocast."""
 

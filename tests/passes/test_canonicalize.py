@@ -144,7 +144,7 @@ def test_attention_by_einsum_is_found(attend: Callable[..., Tensor]) -> None:
         "bhqd,bhqd->bhq",
         "bhqd,bhkd->q",
         "bhqd,bhkd",
-        "...qd,...kd->...qk",
+        "...qd,...kd->...q",
         "bhqd,bgkd->bhgqk",
         "bhqd,bhke->bhqk",
     ],

@@ -302,8 +302,8 @@ REFUSED: dict[str, tuple[Callable[..., object], str]] = {
         "also used by matmul",
     ),
     "scores squared": (lambda q, k, v: finish((q @ k.mT) ** 2, v), "scores go through"),
-    "scale per head": (
-        lambda q, k, v: finish(q @ k.mT * torch.arange(1.0, 7).view(H, 1, 1), v),
+    "scale per key": (
+        lambda q, k, v: finish(q @ k.mT * torch.arange(1.0, 11), v),
         "isn't a function",
     ),
     "over queries": (lambda q, k, v: (q @ k.mT).softmax(-2) @ v, "over dim 2"),

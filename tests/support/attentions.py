@@ -99,12 +99,17 @@ def assert_region_is_true(region: Region, values: dict[Node, Any]) -> None:
     batch, heads, length, _ = q.shape
     repeats = heads // k.shape[1]
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    for factor in region.factors:
+        own = values[factor.node].double().reshape([int(n) for n in factor.view])
+        q = q / own if factor.divides else q * own
     scores = _change_scores(region.scale * q @ k.transpose(-2, -1), region, values)
     kept = evaluate_mask(region, values, (batch, heads, length, k.shape[2]))
     scores = scores.masked_fill(~kept, -torch.inf)
     if region.sinks is not None:
-        sinks = values[region.sinks].double().view(1, -1, 1, 1)
-        scores = torch.cat([scores, sinks.expand(batch, -1, length, 1)], -1)
+        own = region.sinks
+        read = values[own] if isinstance(own, Node) else torch.tensor(own)
+        sinks = read.double().view(1, -1, 1, 1)
+        scores = torch.cat([scores, sinks.expand(batch, heads, length, 1)], -1)
     weights = scores.softmax(-1)[..., : k.shape[2]]
     empty = {
         EmptyRow.ZERO: 0.0,

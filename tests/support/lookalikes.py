@@ -269,6 +269,59 @@ class Slots(nn.Module):
         return logits.softmax(-1) @ filled  # type: ignore[no-any-return]
 
 
+class PooledBySums(nn.Module):
+    """One learned query, by products that are summed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.out = nn.Parameter(torch.randn(E)), nn.Linear(E, E)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.query * x).sum(-1).softmax(dim=1)
+        pooled = (weights[..., None] * x).sum(1)
+        return x + self.out(pooled)[:, None]  # type: ignore[no-any-return]
+
+
+class OverHeadsBySums(nn.Module):
+    """Each token's heads look at each other, by products that are summed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(E, E) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (H, D)) for f in (self.q, self.k, self.v))
+        weights = (q[..., None, :] * k[..., None, :, :]).sum(-1).softmax(-1)
+        return (weights[..., None] * v[..., None, :, :]).sum(-2).flatten(2)  # type: ignore[no-any-return]
+
+
+class DividedLate(Linear):
+    """Exps of features, divided by their own sum once they met a context."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.exp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            f(x).unflatten(-1, (H, D)).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )
+        e = self.features(q)
+        mixed = (e @ (k.softmax(2).mT @ v)) / e.sum(-1, keepdim=True)
+        return mixed.transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
+
+
+class GateOfExps(nn.Module):
+    """Exps of features over one more than their sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(E, E), nn.Linear(E, E)
+
+    def forward(self, x: Tensor) -> Tensor:
+        e = self.inner(x).exp()
+        return self.outer(e / (1 + e.sum(-1, keepdim=True)) * x)  # type: ignore[no-any-return]
+
+
 def _elu(x: Tensor) -> Tensor:
     return F.elu(x) + 1
 
@@ -292,6 +345,10 @@ LOOKALIKES: dict[str, Callable[[], nn.Module]] = {
     "sigmoid scores": SigmoidScores,
     "dynamic filter": DynamicFilter,
     "slots": Slots,
+    "pooling by sums": PooledBySums,
+    "over heads by sums": OverHeadsBySums,
+    "divided late": DividedLate,
+    "gate of exps": GateOfExps,
 }
 
 # Attention, but over the batch.

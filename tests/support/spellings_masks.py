@@ -269,6 +269,19 @@ def padding_inverted(scores: Tensor, kept: Tensor) -> Tensor:
     return scores + mask.masked_fill(mask.to(torch.bool), torch.finfo(mask.dtype).min)
 
 
+def padding_floats_tested(scores: Tensor, kept: Tensor) -> Tensor:
+    return scores.masked_fill(kept[:, None, None] == 0, -1e9)
+
+
+def weights_filled_left(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
+    """The first document's queries see no key at all, which gives zero."""
+    ahead = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+    hidden = ahead | (documents == 0)[:, None, None]
+    low = torch.finfo(q.dtype).min
+    weights = (q @ k.mT * SCALE).masked_fill(hidden, low).softmax(-1)
+    return weights.masked_fill(hidden, 0.0) @ v  # type: ignore[no-any-return]
+
+
 def causal_and_padding(scores: Tensor, kept: Tensor) -> Tensor:
     s = scores.shape[-1]
     keep = torch.ones(s, s, dtype=torch.bool).tril() & kept[:, None, None, :]
@@ -350,6 +363,7 @@ TABLE = (
     of_heads("causal: baddbmm", baddbmm_causal),
     of_heads("causal: scores added with a factor", added_with_a_factor),
     of_heads("causal: weights filled again", weights_filled_again),
+    of_heads("no key for some: filled again", weights_filled_left, "documents"),
     of_heads("causal: exp times mask", exp_times_mask),
     of_heads("causal: exp over sum", exp_over_sum_causal),
     of_buffer("causal: buffer of bools", lambda a, m: a.masked_fill(~m, -math.inf)),
@@ -366,6 +380,7 @@ TABLE = (
     of_scores("padding: lowest number", padding_minimum, "kept int"),
     of_scores("padding: -1e9 times floats", padding_billion, "kept float"),
     of_scores("padding: inverted and filled", padding_inverted, "kept int"),
+    of_scores("padding: floats, tested", padding_floats_tested, "kept float"),
     of_scores("causal and padding", causal_and_padding, "kept"),
     of_scores("causal, then padding", causal_then_padding, "kept int"),
     of_heads("padding: bmm", bmm_with_padding, "kept"),

@@ -175,6 +175,19 @@ class ScaleBuffer(Heads):
         return self.out(merge((q @ k.mT * self.scale).softmax(-1) @ v))  # type: ignore[no-any-return]
 
 
+class TemperatureOfTokens(Heads):
+    """Each query of each head has a factor, made from the token."""
+
+    def __init__(self) -> None:
+        super().__init__(unscaled)
+        self.factor = nn.Linear(E, H)
+
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        q, k, v = (split(layer(x)) for layer in (self.q, self.k, self.v))
+        factor = self.factor(x).exp().transpose(1, 2).unsqueeze(-1)
+        return self.out(merge((q @ k.mT / factor).softmax(-1) @ v))  # type: ignore[no-any-return]
+
+
 class LearnedTemperature(Heads):
     """A learned factor for each head, as in the second Swin."""
 
@@ -249,6 +262,19 @@ def divided_after_the_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (e @ v) / e.sum(-1, keepdim=True)
 
 
+def divided_late_in_bmm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    b, h, s, d = q.shape
+    q, k, v = (t.reshape(b * h, s, d) for t in (q, k, v))
+    e = torch.exp(torch.bmm(q, k.mT) * SCALE)
+    out = torch.bmm(e, v).view(b, h, s, d)
+    return out / e.view(b, h, s, s).sum(-1).unsqueeze(-1)
+
+
+def beside_a_small_number(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = scores(q, k).exp()
+    return e / (e.sum(-1, keepdim=True) + 1e-2) @ v
+
+
 def dropout_of_nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = F.dropout(scores(q, k).softmax(-1), p=0.0, training=True)
     return weights.contiguous() @ v
@@ -311,6 +337,9 @@ TABLE = (
     of_heads("exp minus amax over sum", minus_amax),
     of_heads("exp minus logsumexp", minus_logsumexp),
     of_heads("divided after the product", divided_after_the_product),
+    of_heads("divided after the product, in bmm", divided_late_in_bmm),
+    of_heads("beside a small number", beside_a_small_number),
+    Spelling("temperature of each token", TemperatureOfTokens),
     of_heads("dropout of nothing", dropout_of_nothing),
     Spelling("all in one forward", FusedHeads),
 )

@@ -67,6 +67,28 @@ def grouped_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bgust,bgtd->bgusd", weights, v).flatten(1, 2)
 
 
+def grouped_einsum_tokens_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    grouped_q = (q.unflatten(1, (G, H // G)) * SCALE).permute(0, 3, 1, 2, 4)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    weights = torch.einsum("bsgud,btgd->bgust", grouped_q, k).softmax(-1)
+    mixed = torch.einsum("bgust,btgd->bsgud", weights, v)
+    return mixed.flatten(2, 3).transpose(1, 2)
+
+
+def one_head_of_keys_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.einsum("bhqd,bkd->bhqk", q * SCALE, k[:, 0]).softmax(-1)
+    return torch.einsum("bhqk,bkd->bhqd", weights, v[:, 0])
+
+
+def one_head_of_keys_flat_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    b, h, s, d = q.shape
+    k, v = k.squeeze(1), v.squeeze(1)
+    found = (q.reshape(b, h * s, d) @ k.mT * SCALE).view(b, h, s, s)
+    ahead = torch.ones(s, s, dtype=torch.bool).triu(1)
+    weights = found.masked_fill(ahead, -torch.inf).softmax(-1)
+    return (weights.view(b, h * s, s) @ v).view(b, h, s, d)  # type: ignore[no-any-return]
+
+
 def gqa_of_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
@@ -278,6 +300,11 @@ TABLE = (
     of_heads("heads in groups, 5-D", grouped, kv_heads=G),
     of_heads("heads in groups, 5-D, causal", grouped_causal, kv_heads=G),
     of_heads("heads in groups, einsum", grouped_einsum, kv_heads=G),
+    of_heads("groups, einsum, tokens first", grouped_einsum_tokens_first, kv_heads=G),
+    of_heads("one head of K and V, einsum", one_head_of_keys_einsum, kv_heads=1),
+    of_heads(
+        "one head of K and V, flat, causal", one_head_of_keys_flat_causal, kv_heads=1
+    ),
     of_heads("enable_gqa", gqa_of_sdpa, kv_heads=G),
     of_heads("one head of K and V", _attend, kv_heads=1),
     of_heads("one head of K and V, flat queries", one_head_of_keys_flat, kv_heads=1),

@@ -32,7 +32,7 @@ class Expected:
 
 
 NOT_READ = "a mask or bias that isn't a function of positions"
-ONE_TOKEN = "a sequence of one token can't be cut over ranks"
+ONE_TOKEN = "a sequence of one token, or of none, can't be cut over ranks"
 EXPERTS = ("aten.histc", "aten.index", "aten.sort")
 
 

@@ -28,7 +28,6 @@ from ringcompile.errors import UnsupportedAttentionError
 NAMES = [s.name for s in TABLE]
 GATHERED = {
     "lse": "scores are also used by aten.logsumexp",
-    "learned scale": "isn't computed from positions",
 }
 
 

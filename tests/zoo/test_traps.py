@@ -4,7 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support import trap_effects, trap_gradients, trap_masks, trap_shapes, trap_values
+from support import (
+    trap_effects,
+    trap_empty,
+    trap_gradients,
+    trap_masks,
+    trap_shapes,
+    trap_values,
+)
 from support.ranks import RankError, RankHangError, RankPool
 from support.traps import Run, Trap, run_differing, run_trap
 
@@ -17,6 +24,7 @@ ON_TWO = (
     *trap_shapes.TRAPS,
     *trap_effects.TRAPS,
     *trap_gradients.TRAPS,
+    *trap_empty.TRAPS,
 )
 KEPT = tuple(trap_masks.KEPT)
 ADDED = tuple(trap_masks.ADDED)
