@@ -4,7 +4,7 @@ Invariant: communication starts and ends where the ring loop put it.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -44,12 +44,12 @@ def inductor_patches(user: Mapping[str, object]) -> dict[str, object]:
         "reorder_for_peak_memory": False,
         "reorder_for_locality": False,
     }
-    passes = {
+    passes: dict[str, Callable[..., object]] = {
         "joint_custom_pre_pass": partial(mark_saved_pass, ops.KEEP),
         "post_grad_custom_post_pass": partial(last_pass, share_rings),
         "_pre_fusion_custom_pass": partial(order_pass, communicates),
     }
-    ours = {}
+    ours = dict[str, object]()
     for name, make in passes.items():
         others = passes_of(user, name)
         uuids = [pass_uuid(other) for other in others]

@@ -18,7 +18,7 @@ import torch
 from torch import SymInt, Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx.node import map_arg
 from torch.fx.traceback import annotate
 
 from ringcompile import ops
@@ -263,19 +263,15 @@ def _is_plain(target: object) -> bool:
 
 def _is_fixed(value: object) -> bool:
     """Whether all sizes are numbers."""
-    fixed = True
-
-    def look(x: object) -> object:
-        nonlocal fixed
+    values = value if isinstance(value, list | tuple) else [value]
+    for x in values:
         if isinstance(x, Tensor):
             sizes: tuple[object, ...] = (*x.shape, *x.stride(), x.storage_offset())
-            fixed = fixed and not any(isinstance(n, SymInt) for n in sizes)
-        else:
-            fixed = False
-        return x
-
-    map_aggregate(value, look)
-    return fixed
+            if any(isinstance(n, SymInt) for n in sizes):
+                return False
+        elif not isinstance(x, int | None):  # kernels for GPUs give those too
+            return False
+    return True
 
 
 # ---- calls in their place ------------------------------------------------------------

@@ -112,29 +112,26 @@ def order_pass(
         uuid: what the compile cache knows the pass by; empty keeps graphs out of it.
         others: the user's own passes, run first.
     """
-    from torch._inductor import (  # noqa: PLC0415
-        comms,
-        custom_graph_pass,
-        dependencies,
-        ir,
-    )
+    from torch._inductor import custom_graph_pass, dependencies, ir  # noqa: PLC0415
+    from torch._inductor.utils import contains_collective  # noqa: PLC0415
 
     # In 2.11 they are one class.
     base: Any = getattr(custom_graph_pass, "CustomSchedulerPass", None)
     base = base or custom_graph_pass.CustomGraphPass
 
     def is_call(node: Any) -> bool:  # noqa: ANN401 - Inductor's
-        if not isinstance(node.node, ir.InvokeSubgraph):
+        call: Any = node.node
+        if not isinstance(call, ir.InvokeSubgraph):
             return False
-        _require_own_memory(node.node)
-        return communicates(node.node.subgraph.graph_module)
+        _require_own_memory(call)
+        return communicates(call.subgraph.graph_module)
 
     class KeepOrder(base):  # type: ignore[misc]
         def __call__(self, nodes: list[Any]) -> list[Any]:
             for other in others:
                 nodes = other(nodes)
             calls = {node for node in nodes if is_call(node)}
-            ordered = [n for n in nodes if n in calls or comms.contains_collective(n)]
+            ordered = [n for n in nodes if n in calls or contains_collective(n)]
             for first, second in pairwise(ordered):
                 if first in calls or second in calls:
                     after = next(iter(second.get_buffer_names()))

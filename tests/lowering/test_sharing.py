@@ -155,11 +155,12 @@ def test_equal_rings_are_one(ranks: RankPool) -> None:
 
 
 def test_different_rings_are_not(ranks: RankPool) -> None:
-    window = replace(CAUSAL, mask="window", heads=(4, 2, 8, 8))
+    window = replace(CAUSAL, mask="window")
     for seen in run_both(ranks, stacked, CAUSAL, window, CAUSAL, window):
-        assert [sorted(calls) for calls in seen.calls] == [
-            ["shared_ring_0"] * 2 + ["shared_ring_1"] * 2
-        ] * 2
+        forward, backward = seen.calls
+        assert sorted(forward) == ["shared_ring_0"] * 2 + ["shared_ring_1"] * 2
+        # The windows are; of the causal ones the last reads the tangent itself.
+        assert backward == ["shared_ring_0"] * 2
 
 
 def test_a_single_ring_stays(ranks: RankPool) -> None:
@@ -174,7 +175,7 @@ def test_other_kernels_and_tables(ranks: RankPool) -> None:
         assert [len(calls) for calls in seen.calls] == [2, 2]
     dilated = Case("longnet", "contiguous")
     for seen in run_both(ranks, stacked, dilated, dilated):
-        assert seen.hops in ([0, 0], [seen.hops[0], 0])
+        assert seen.hops[0] == 0  # in backward, the first one makes the other's tables
 
 
 def test_independent_rings_stay_in_order(ranks: RankPool) -> None:
@@ -201,7 +202,7 @@ def marked_graph(finish: Callable[[Graph, Any], object]) -> GraphModule:
     """Two rings ``x -> hop -> wait -> finish``, equal but for their tags."""
     graph = Graph()
     xs = [graph.placeholder(f"x{n}") for n in range(2)]
-    results = []
+    results: list[Any] = []
     for n, x in enumerate(xs):
         first = len(graph.nodes)
         tag = Tag(n, Phase.FORWARD_KV, 1).encode()
