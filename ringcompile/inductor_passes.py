@@ -120,9 +120,9 @@ def order_pass(
     base = base or custom_graph_pass.CustomGraphPass
 
     def is_call(node: Any) -> bool:  # noqa: ANN401 - Inductor's
-        call: Any = node.node
-        if not isinstance(call, ir.InvokeSubgraph):
+        if not isinstance(node.node, ir.InvokeSubgraph):
             return False
+        call: Any = node.node
         _require_own_memory(call)
         return communicates(call.subgraph.graph_module)
 
