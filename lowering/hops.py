@@ -32,10 +32,11 @@ class Phase(IntEnum):
 
 RESHARDS = ("shard", "gather", "reduce", "spread")
 
-# gloo's tags are 31 bits wide: shared or not, 2**14 attentions, 4 phases, 2**14 steps.
+# gloo's tags are 31 bits wide: 2**15 attentions, 4 phases, 2**14 steps. Reshards are of
+# no attention but 0; the others' numbers there are of shared tags, one for each phase.
 _PHASES = len(Phase)
 _STEPS = 2**14
-_ATTENTIONS = 2**14
+_ATTENTIONS = 2**15
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,10 @@ class Tag:
         """The tag as the number that ops carry."""
         assert 0 <= self.step < _STEPS, f"step {self.step} has no tag"
         assert 0 <= self.attention < _ATTENTIONS, f"attention {self.attention}: no tag"
-        head = self.is_shared * _ATTENTIONS + self.attention
-        return (head * _PHASES + self.phase) * _STEPS + self.step
+        head = self.attention * _PHASES + self.phase
+        if self.is_shared:
+            head = (1 + self.phase) * _PHASES + Phase.RESHARD
+        return head * _STEPS + self.step
 
     def as_shared(self) -> "Tag":
         """The tag of the same transfer of any attention that is compiled with this."""
@@ -70,9 +73,10 @@ class Tag:
     def decode(cls, number: int) -> "Tag":
         """Read a tag back."""
         head, step = divmod(number, _STEPS)
-        head, phase = divmod(head, _PHASES)
-        is_shared, attention = divmod(head, _ATTENTIONS)
-        return cls(attention, Phase(phase), step, bool(is_shared))
+        attention, phase = divmod(head, _PHASES)
+        if phase == Phase.RESHARD and attention > 0:
+            return cls(0, Phase(attention - 1), step, is_shared=True)
+        return cls(attention, Phase(phase), step)
 
     def __str__(self) -> str:
         if self.phase is Phase.RESHARD:
