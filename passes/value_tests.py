@@ -112,7 +112,7 @@ def _find_equal_below_view(call: Call, op: Op, number: int) -> Boolean:
 
 def _find_equal_below_difference(call: Call, op: Op, number: int) -> Boolean:
     """``x - c`` or ``c - x``, which are small integers only where x is one."""
-    (source,) = op.slots
     c = _small(op.args["other"])
+    (source,) = op.slots
     wanted = c - number if op.packet is aten.rsub else c + number
     return _find_equal(call, source, _small(wanted))

@@ -154,6 +154,7 @@ def test_equal_rings_are_one(ranks: RankPool) -> None:
         assert seen.hops == [0, 0]
 
 
+@pytest.mark.slow
 def test_different_rings_are_not(ranks: RankPool) -> None:
     window = replace(CAUSAL, mask="window")
     for seen in run_both(ranks, stacked, CAUSAL, window, CAUSAL, window):
@@ -169,6 +170,7 @@ def test_a_single_ring_stays(ranks: RankPool) -> None:
         assert min(seen.hops) > 0
 
 
+@pytest.mark.slow
 def test_other_kernels_and_tables(ranks: RankPool) -> None:
     math = replace(CAUSAL, heads=(4, 2, 8, 16), mask="all")
     for seen in run_both(ranks, side_by_side, math, math):
@@ -184,11 +186,13 @@ def test_independent_rings_stay_in_order(ranks: RankPool) -> None:
         assert seen.chained == [(3, 2), (3, 2)]
 
 
+@pytest.mark.slow
 def test_checkpointed_rings(ranks: RankPool) -> None:
     for seen in run_both(ranks, checkpointed, CAUSAL, CAUSAL):
         assert len(seen.calls) == 2
 
 
+@pytest.mark.slow
 def test_any_length_is_compiled_one_by_one(ranks: RankPool) -> None:
     case = replace(CAUSAL, any_length=True)
     found = ranks.run(run_rings, stacked, (case, case), True, world_size=2)

@@ -16,7 +16,7 @@ from ringcompile.patterns import LocalWindow
 
 def attend(q, k, v, bias):
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return y + F.scaled_dot_product_attention(q, k, v, attn_mask=bias > 0)
+    return y + F.scaled_dot_product_attention(q, k, v, attn_mask=bias.cumsum(0) > 0)
 
 def backend(gm, example_inputs):
     options = {"attention": LocalWindow(64, block=32)}

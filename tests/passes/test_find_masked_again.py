@@ -245,6 +245,7 @@ UNKNOWN: dict[str, Change] = {
     "floats rounded": lambda a, x: a.masked_fill(x.half() == 0, -math.inf),
     "floats of two": lambda a, x: a.masked_fill(x == x.mT, -math.inf),
     "floats computed": lambda a, x: a.masked_fill(x.cumsum(-1) > 3, -math.inf),
+    "floats of a difference": lambda a, x: a.masked_fill(x - x.mT != 0, -math.inf),
     "inverted, filled by another": lambda a, x: (
         a + (m := 1.0 - x).masked_fill((x + 1).bool(), -math.inf).minimum(m)
     ),

@@ -49,7 +49,7 @@ class Attention(nn.Module):
             for y in self.qkv(x).chunk(3, dim=-1)
         )
         if self.biased:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias > 0)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.cumsum(0) > 0)
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         projected: Tensor = self.out(y.transpose(1, 2).reshape(x.shape))
@@ -199,7 +199,7 @@ def test_an_attention_names_module_line_mask_and_layout() -> None:
 def test_a_refused_attention_is_gathered_and_says_why() -> None:
     found = report(False, True)
     first, second = found.attentions
-    call = "y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias > 0)"
+    call = "y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.cumsum(0) > 0)"
     assert (first.status, second.status) == ("ring", "gathered")
     assert second.where == f"{__file__}:{line_of(call)}"
     assert "isn't a function of positions" in second.reason

@@ -144,11 +144,14 @@ def test_two_sequences_of_one_length_are_two_axes() -> None:
     assert "; keys: contiguous costs least" in report.attentions[1].reason
 
 
+@pytest.mark.slow
 def test_compiled_by_inductor(ranks: RankPool) -> None:
     check(ranks, Cell("decoder", 2, (41, 96), compiler="inductor"))
 
 
-@pytest.mark.parametrize("lengths", [(24, 48), (24, 44)])
+@pytest.mark.parametrize(
+    "lengths", [(24, 48), pytest.param((24, 44), marks=pytest.mark.slow)]
+)
 def test_lengths_that_change(ranks: RankPool, lengths: tuple[int, int]) -> None:
     results = ranks.run(run_cell, Cell("decoder", 2, lengths, dynamic=True))
     for record, faults in results:
