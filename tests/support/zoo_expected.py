@@ -99,7 +99,7 @@ EXPECTED: dict[str, Expected] = {
     "dinov3_vit": _gathers("aten.split_with_sizes"),
     "ijepa": _gathers("aten.add"),
     "swin": Expected(rings=4, gathers=("aten.view",)),
-    "swinv2": _gathered(NOT_READ, 4),
+    "swinv2": Expected(2, 2, NOT_READ, ("aten.view",)),
     "clip": _rings(4),
     "siglip": Expected(rings=4, gathers=("aten.add",)),
     "videomae": _gathers("aten.add"),
