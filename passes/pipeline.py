@@ -39,7 +39,7 @@ from ringcompile.passes.sharded_inputs import (
     find_lengths,
     no_attention,
 )
-from ringcompile.passes.text import format_graph, format_target
+from ringcompile.passes.text import format_calls, format_graph
 from ringcompile.torch_private import observe_pass, without_saved_tensor_hooks
 
 log = logging.getLogger(__name__)
@@ -224,10 +224,7 @@ def _find_regions(made: Rewritten) -> tuple[Region, ...]:
     with observe_pass(made.gm, "find_attention"):
         found = find_attention(made.gm)
     made.refusals = tuple(f for f in found if isinstance(f, Refusal))
-    made.graph_text = "\n".join(
-        f"{node.name} {format_target(node.target)} {node.args} {node.kwargs}"
-        for node in made.gm.graph.nodes
-    )
+    made.graph_text = format_calls(made.gm.graph)
     return tuple(f for f in found if isinstance(f, Region))
 
 

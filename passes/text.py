@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.fx import GraphModule, Node
-from torch.fx.node import Argument
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import Argument, map_aggregate
 
 
 def format_graph(gm: GraphModule, *, name: str) -> str:
@@ -42,6 +42,23 @@ def format_target(target: object) -> str:
         packet = str(target.overloadpacket)
         return packet if overload == "default" else f"{packet}.{overload}"
     return str(getattr(target, "__name__", target))
+
+
+def format_calls(graph: Graph) -> str:
+    """Every call of a graph, the same text on all ranks: each has a device of its own.
+
+    Args:
+        graph: one that ranks compare.
+    """
+
+    def general(argument: object) -> object:
+        return argument.type if isinstance(argument, torch.device) else argument
+
+    return "\n".join(
+        f"{node.name} {format_target(node.target)}"
+        f" {map_aggregate(node.args, general)} {map_aggregate(node.kwargs, general)}"
+        for node in graph.nodes
+    )
 
 
 def _format_type(value: object) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from ringcompile.config import RingOptions
 from ringcompile.mesh import Ranks
@@ -18,6 +18,7 @@ from ringcompile.passes.find_attention import find_attention
 from ringcompile.passes.pipeline import run_passes
 from ringcompile.passes.regions import Region
 from ringcompile.passes.shadow import trace_shadow
+from ringcompile.passes.text import format_calls
 
 
 def make_qkv() -> tuple[Tensor, Tensor, Tensor]:
@@ -134,3 +135,17 @@ def test_the_text_that_ranks_compare_has_no_addresses() -> None:
     torch.compile(call, backend=keep)(*make_qkv())
     assert "_enter_autocast" in texts[0]
     assert " at 0x" not in texts[0]
+
+
+def test_the_text_that_ranks_compare_names_no_rank() -> None:
+    """Each rank has a GPU of its own; its kind must be the same."""
+
+    def write(device: str, size: int = 4) -> str:
+        graph = Graph()
+        arange = torch.ops.aten.arange.default
+        graph.call_function(arange, (size,), {"device": torch.device(device)})
+        return format_calls(graph)
+
+    assert write("cuda:0") == write("cuda:1")
+    assert write("cuda:0") != write("cpu")
+    assert write("cpu") != write("cpu", 5)
