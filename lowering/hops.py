@@ -6,7 +6,7 @@ saved for backward), and all ranks emit the same list of tags.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 
 from torch import Tensor
@@ -32,8 +32,7 @@ class Phase(IntEnum):
 
 RESHARDS = ("shard", "gather", "reduce", "spread")
 
-# gloo's tags are 31 bits wide: 2**15 attentions, 4 phases, 2**14 steps. Reshards are of
-# no attention but 0; the others' numbers there are of shared tags, one for each phase.
+# gloo's tags are 31 bits wide: 2**15 attentions, 4 phases, 2**14 steps.
 _PHASES = len(Phase)
 _STEPS = 2**14
 _ATTENTIONS = 2**15
@@ -47,43 +46,29 @@ class Tag:
         attention: number of the attention in its model; 0 for reshards.
         phase: what travels.
         step: number of the step, counted over all parts; or of the kind of reshard.
-        is_shared: whether all attentions that are compiled as one have this tag; then
-            ``attention`` is 0, for one of them. They run one after the other.
     """
 
     attention: int
     phase: Phase
     step: int
-    is_shared: bool = False
 
     def encode(self) -> int:
         """The tag as the number that ops carry."""
         assert 0 <= self.step < _STEPS, f"step {self.step} has no tag"
         assert 0 <= self.attention < _ATTENTIONS, f"attention {self.attention}: no tag"
-        head = self.attention * _PHASES + self.phase
-        if self.is_shared:
-            head = (1 + self.phase) * _PHASES + Phase.RESHARD
-        return head * _STEPS + self.step
-
-    def as_shared(self) -> "Tag":
-        """The tag of the same transfer of any attention that is compiled with this."""
-        return replace(self, attention=0, is_shared=True)
+        return (self.attention * _PHASES + self.phase) * _STEPS + self.step
 
     @classmethod
     def decode(cls, number: int) -> "Tag":
         """Read a tag back."""
         head, step = divmod(number, _STEPS)
         attention, phase = divmod(head, _PHASES)
-        if phase == Phase.RESHARD and attention > 0:
-            return cls(0, Phase(attention - 1), step, is_shared=True)
         return cls(attention, Phase(phase), step)
 
     def __str__(self) -> str:
         if self.phase is Phase.RESHARD:
             return f"reshard ({RESHARDS[self.step]})"
-        which = "one of several attentions" if self.is_shared else ""
-        which = which or f"attention {self.attention}"
-        return f"{which}, {self.phase.label}, step {self.step}"
+        return f"attention {self.attention}, {self.phase.label}, step {self.step}"
 
 
 def reshard_tag(kind: str) -> int:

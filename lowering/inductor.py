@@ -4,29 +4,24 @@ Invariant: communication starts and ends where the ring loop put it.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from torch import Tensor
 
 from ringcompile import ops
 from ringcompile.errors import OptionError
-from ringcompile.inductor_passes import (
-    last_pass,
-    mark_saved_pass,
-    order_pass,
-    pass_uuid,
-    passes_of,
-)
-from ringcompile.lowering.sharing import communicates, share_rings
 from ringcompile.torch_private import (
+    joint_passes,
+    mark_saved_pass,
+    pass_uuid,
     register_collective_lowering,
     register_identity_lowering,
 )
 
 _FOLDERS = ("lowering", "ir", "plan")
-_FILES = ("ops.py", "torch_private.py", "inductor_passes.py")
+_FILES = ("ops.py", "torch_private.py")
 
 
 def inductor_patches(user: Mapping[str, object]) -> dict[str, object]:
@@ -44,18 +39,11 @@ def inductor_patches(user: Mapping[str, object]) -> dict[str, object]:
         "reorder_for_peak_memory": False,
         "reorder_for_locality": False,
     }
-    passes: dict[str, Callable[..., object]] = {
-        "joint_custom_pre_pass": partial(mark_saved_pass, ops.KEEP),
-        "post_grad_custom_post_pass": partial(last_pass, share_rings),
-        "_pre_fusion_custom_pass": partial(order_pass, communicates),
-    }
-    ours = dict[str, object]()
-    for name, make in passes.items():
-        others = passes_of(user, name)
-        uuids = [pass_uuid(other) for other in others]
-        uuid = repr((sources_hash(), *uuids)) if all(uuids) else ""
-        ours[name] = make(uuid, others)
-    return patches | dict(user) | ours
+    others = joint_passes(user)
+    uuids = [pass_uuid(other) for other in others]
+    uuid = repr((sources_hash(), *uuids)) if all(uuids) else ""
+    saving = mark_saved_pass(ops.KEEP, uuid, others)
+    return patches | dict(user) | {"joint_custom_pre_pass": saving}
 
 
 def require_kernel(kernel: str, example_inputs: Sequence[object]) -> None:

@@ -36,7 +36,6 @@ from ringcompile.lowering.scores import (
     sink_gradient,
     sink_scores,
 )
-from ringcompile.lowering.sharing import mark_ring
 from ringcompile.lowering.tiles.pieces import (
     BlockSums,
     attend_piece,
@@ -75,8 +74,7 @@ def ring_attention(  # noqa: PLR0913 - the op's schema
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     with torch.autocast(device, enabled=False):
         known, shares = choose_blocks(q, k, captures, plan=plan)
-        with mark_ring(read_plan(plan).index):
-            out, lse = _Ring.apply(plan, shares, q, k, v, sinks, *biases, *known)  # type: ignore[no-untyped-call]
+        out, lse = _Ring.apply(plan, shares, q, k, v, sinks, *biases, *known)  # type: ignore[no-untyped-call]
         divisor = read_plan(plan).schedule.mixing.divisor
         out = out if divisor == 1 else out / divisor
         lse = lse if sinks is None else None
@@ -133,14 +131,6 @@ class _Ring(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401 - autograd's
         grad_out: Tensor,
         _grad_lse: Tensor,
-    ) -> tuple[Tensor | None, ...]:
-        with mark_ring(read_plan(ctx.plan_text).index, backward=True):
-            return _Ring._gradients(ctx, grad_out)
-
-    @staticmethod
-    def _gradients(
-        ctx: Any,  # noqa: ANN401 - autograd's
-        grad_out: Tensor,
     ) -> tuple[Tensor | None, ...]:
         plan = read_plan(ctx.plan_text)
         is_needed, rest_needed = ctx.needs_input_grad[2:5], ctx.needs_input_grad[6:]

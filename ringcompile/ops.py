@@ -111,9 +111,6 @@ MASKED_ATTENTION = _OPS.masked_attention.default
 BLOCK_GRADIENTS = _OPS.block_gradients.default
 MASKED_ATTENTION_BACKWARD = _OPS.masked_attention_backward.default
 
-COMMUNICATING = frozenset({HOP, ALL_GATHER, ALL_REDUCE})
-"""The ops that start communication."""
-
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """What results of ``dtype`` are merged and summed in: float32, or float64."""

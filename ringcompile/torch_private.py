@@ -1,7 +1,7 @@
 """Every private API of torch that we use, for torch 2.11 and 2.13, in one place."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from types import FrameType, MappingProxyType
@@ -17,11 +17,12 @@ from torch._logging._internal import trace_structured
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed import ProcessGroup, distributed_c10d
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = ["Work"]  # the rest is defined here
 
@@ -230,6 +231,57 @@ def register_identity_lowering(op: OpOverload) -> None:
     from torch._inductor import lowering  # noqa: PLC0415
 
     lowering.register_lowering(op, type_promotion_kind=None)(lambda x, _deps: x)
+
+
+GraphPass = Callable[[Graph], None]
+
+
+def joint_passes(patches: Mapping[str, object]) -> list[GraphPass]:
+    """The passes over joint graphs that a user has asked for, here or globally."""
+    from torch._inductor import config  # noqa: PLC0415
+
+    asked: Any = patches.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
+    if asked is None:
+        return []
+    return list(asked) if isinstance(asked, list | tuple) else [asked]
+
+
+def pass_uuid(graph_pass: GraphPass) -> str:
+    """What compile caches know a pass by; empty if nothing."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass  # noqa: PLC0415
+
+    uuid = graph_pass.uuid() if isinstance(graph_pass, CustomGraphPass) else None
+    return repr(uuid) if uuid else ""
+
+
+def mark_saved_pass(
+    op: OpOverload, uuid: str, others: Sequence[GraphPass] = ()
+) -> GraphPass:
+    """A pass over the joint graph: results of ``op`` are saved, never recomputed.
+
+    Args:
+        op: op with one tensor result.
+        uuid: what the compile cache knows the pass by; empty keeps graphs out of it.
+        others: the user's own passes, run first.
+    """
+    from torch._inductor.custom_graph_pass import CustomGraphPass  # noqa: PLC0415
+
+    class MarkSaved(CustomGraphPass):
+        def __call__(self, graph: Graph) -> None:
+            for other in others:
+                other(graph)
+            mark_saved(graph, op)
+
+        def uuid(self) -> str | None:
+            return uuid or None
+
+    return MarkSaved()
+
+
+def mark_saved(graph: Graph, op: OpOverload) -> None:
+    """Let the partitioner save every result of ``op``."""
+    for node in graph.find_nodes(op="call_function", target=op):
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 def compile_with_inductor(

@@ -5,9 +5,9 @@ from torch.fx import Graph
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ringcompile import ops
-from ringcompile.inductor_passes import GraphPass, pass_uuid
 from ringcompile.lowering import inductor
 from ringcompile.lowering.inductor import inductor_patches, sources_hash
+from ringcompile.torch_private import GraphPass, pass_uuid
 
 
 def joint_graph() -> Graph:
