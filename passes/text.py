@@ -51,7 +51,7 @@ def format_calls(graph: Graph) -> str:
         graph: one that ranks compare.
     """
 
-    def general(argument: object) -> object:
+    def general(argument: Argument) -> Argument:
         return argument.type if isinstance(argument, torch.device) else argument
 
     return "\n".join(
