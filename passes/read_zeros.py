@@ -13,7 +13,7 @@ from sympy import Expr
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
-from ringcompile.ir.mask import FALSE, EmptyRow, conjuncts, disjunction, negate
+from ringcompile.ir.mask import EmptyRow, conjuncts, disjunction, negate
 from ringcompile.passes.coordinates import align
 from ringcompile.passes.op import Op, shape_of
 from ringcompile.passes.parts import Parts, Refused
@@ -92,10 +92,11 @@ def _read_factor(reader: Reader, op: Op, below: Node, index: Sequence[Expr]) -> 
     if reader.is_mutated(factor):
         raise Unreadable(f"{factor.name} is changed in place")
     cases = read_cases(reader.read(factor).at(align(shape_of(factor), index)))
-    by_number = {float(_only_number(case.number)): case.when for case in cases}
-    if not set(by_number) <= {0.0, 1.0}:
+    numbers = [_only_number(case.number) for case in cases]
+    if not set(numbers) <= {0.0, 1.0}:
         raise Unreadable(f"{factor.name} holds other numbers than 0 and 1")
-    return negate(by_number[1.0]) if 1.0 in by_number else negate(FALSE)
+    ones = [c.when for c, number in zip(cases, numbers, strict=True) if number == 1.0]
+    return negate(disjunction(*ones))
 
 
 def _only_number(number: object) -> float:

@@ -61,12 +61,23 @@ class Lengths:
         return found[0]
 
     def scale(self, node: Node, value: object) -> object:
-        """What the whole of an input would be."""
+        """What the whole of an input would be.
+
+        Raises:
+            ShardingError: as for ``find_dim``, or it is computed from a length.
+        """
         if isinstance(value, SymInt):
             expression = size_expression(value)
             if not expression.free_symbols & self.symbols:
                 return value
-            assert expression in self.symbols, f"input {node.name} is {expression}"
+            if expression not in self.symbols:
+                raise ShardingError(
+                    f"input {node.name}, the number {expression}",
+                    at="the inputs",
+                    because='with inputs="sharded" what it is of the whole sequence'
+                    " can't be known",
+                    instead="compute it from a shape, inside of what is compiled",
+                )
             return value * self.cp_size
         if not isinstance(value, Tensor):
             return value

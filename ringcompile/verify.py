@@ -82,16 +82,24 @@ def _compare(
     for rank, theirs in enumerate(_exchange(ranks, mine, timeout_s)):
         for name, here, there in zip(marks, mine, theirs, strict=True):
             if here != there:
-                raise _mismatch(name, ranks.rank, rank)
+                pair = (ranks.rank, rank)
+                raise _mismatch(name, *pair, is_shard=name in made.shards)
 
 
-def _mismatch(name: str, here: int, there: int) -> RankMismatchError:
+def _mismatch(name: str, here: int, there: int, *, is_shard: bool) -> RankMismatchError:
     if name == _RANDOM_STATE:
         return RankMismatchError(
             f"{name} differs between rank {here} and rank {there}",
             at="the first call",
             because="ops on every rank draw random numbers, which must agree",
             instead="call torch.manual_seed with the same seed on every rank",
+        )
+    if is_shard:
+        return RankMismatchError(
+            f"shape or dtype of {name} differs between rank {here} and rank {there}",
+            at="the first call",
+            because='inputs="sharded" needs as many rows on every rank',
+            instead="cut all inputs with ringcompile.shard",
         )
     return RankMismatchError(
         f"input {name} differs between rank {here} and rank {there}",
