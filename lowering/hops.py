@@ -37,6 +37,9 @@ _PHASES = len(Phase)
 _STEPS = 2**14
 _ATTENTIONS = 2**15
 
+SHARED = _ATTENTIONS - 1
+"""The number of several attentions that are compiled as one, which run in order."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tag:
@@ -68,7 +71,10 @@ class Tag:
     def __str__(self) -> str:
         if self.phase is Phase.RESHARD:
             return f"reshard ({RESHARDS[self.step]})"
-        return f"attention {self.attention}, {self.phase.label}, step {self.step}"
+        which = f"attention {self.attention}"
+        if self.attention == SHARED:
+            which = "one of several attentions"
+        return f"{which}, {self.phase.label}, step {self.step}"
 
 
 def reshard_tag(kind: str) -> int:
@@ -82,29 +88,25 @@ class Flight:
 
     Attributes:
         results: one tensor for each that was sent.
-        is_empty: whether no rows come, so that nothing will read them.
         is_here: whether there is nothing to wait for.
     """
 
     results: tuple[Tensor, ...]
-    is_empty: bool = False
     is_here: bool = False
 
 
 class Hops:
     """The hops of one direction of one attention, each ordered behind the one before.
 
-    Attributes:
-        idle: arrivals without rows. What the attention gives must ``touch`` them.
+    A rank that only sends at a step waits for no rows, which nothing reads. The wait
+    stays all the same, and with it the send: torch takes it for a side effect, and the
+    partitioner, which does not ask, never sees a hop.
     """
 
-    def __init__(
-        self, group_name: str, timeout_s: float, *, after: Sequence[Tensor] = ()
-    ) -> None:
+    def __init__(self, group_name: str, timeout_s: float) -> None:
         self._group_name = group_name
         self._timeout_s = timeout_s
-        self._after = list(after)
-        self.idle: list[Tensor] = []
+        self._after: list[Tensor] = []
 
     def start(
         self, tag: Tag, payload: Sequence[Tensor], *, dst: int, src: int, rows: Size
@@ -118,16 +120,13 @@ class Hops:
             *(tag.encode(), self._group_name, self._timeout_s),
         )
         self._after = list(results[:1])
-        return Flight(tuple(results), is_empty=src < 0)
+        return Flight(tuple(results))
 
     def land(self, flight: Flight) -> tuple[Tensor, ...]:
         """Wait until what was sent has left and what comes is here."""
         if flight.is_here:
             return flight.results
-        arrived = tuple(WAIT_TENSOR(x) for x in flight.results)
-        if flight.is_empty:
-            self.idle.extend(arrived)
-        return arrived
+        return tuple(WAIT_TENSOR(x) for x in flight.results)
 
 
 def keep(x: Tensor, deps: Sequence[Tensor] = ()) -> Tensor:
@@ -136,19 +135,8 @@ def keep(x: Tensor, deps: Sequence[Tensor] = ()) -> Tensor:
     return kept
 
 
-def touch(x: Tensor, deps: Sequence[Tensor]) -> Tensor:
-    """``x``, such that whoever needs it needs ``deps`` too.
-
-    A rank that only sends at a step receives no rows. Nothing reads them, and without
-    this the compiler drops the hop, send and all: the peer waits for ever.
-    """
-    touched: Tensor = ops.TOUCH(x, list(deps)) if deps else x
-    return touched
-
-
 def _copy(x: Tensor, _deps: Sequence[Tensor]) -> Tensor:
     return x.clone()
 
 
-for _name in ("keep", "touch"):
-    ops.LIBRARY.impl(_name, _copy, "CompositeExplicitAutograd")
+ops.LIBRARY.impl("keep", _copy, "CompositeExplicitAutograd")

@@ -4,24 +4,29 @@ Invariant: communication starts and ends where the ring loop put it.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 from torch import Tensor
 
 from ringcompile import ops
 from ringcompile.errors import OptionError
-from ringcompile.torch_private import (
-    joint_passes,
+from ringcompile.inductor_passes import (
+    first_pass,
     mark_saved_pass,
+    order_pass,
     pass_uuid,
+    passes_of,
+)
+from ringcompile.lowering.expand import COMMUNICATING, communicates, expand_rings
+from ringcompile.torch_private import (
     register_collective_lowering,
     register_identity_lowering,
 )
 
 _FOLDERS = ("lowering", "ir", "plan")
-_FILES = ("ops.py", "torch_private.py")
+_FILES = ("ops.py", "torch_private.py", "inductor_passes.py")
 
 
 def inductor_patches(user: Mapping[str, object]) -> dict[str, object]:
@@ -39,11 +44,18 @@ def inductor_patches(user: Mapping[str, object]) -> dict[str, object]:
         "reorder_for_peak_memory": False,
         "reorder_for_locality": False,
     }
-    others = joint_passes(user)
-    uuids = [pass_uuid(other) for other in others]
-    uuid = repr((sources_hash(), *uuids)) if all(uuids) else ""
-    saving = mark_saved_pass(ops.KEEP, uuid, others)
-    return patches | dict(user) | {"joint_custom_pre_pass": saving}
+    passes: dict[str, Callable[..., object]] = {
+        "joint_custom_pre_pass": partial(mark_saved_pass, ops.KEEP),
+        "post_grad_custom_pre_pass": partial(first_pass, expand_rings),
+        "_pre_fusion_custom_pass": partial(order_pass, communicates),
+    }
+    ours = dict[str, object]()
+    for name, make in passes.items():
+        others = passes_of(user, name)
+        uuids = [pass_uuid(other) for other in others]
+        uuid = repr((sources_hash(), *uuids)) if all(uuids) else ""
+        ours[name] = make(uuid, others)
+    return patches | dict(user) | ours
 
 
 def require_kernel(kernel: str, example_inputs: Sequence[object]) -> None:
@@ -85,7 +97,6 @@ def source_files() -> list[Path]:
 
 @lru_cache(maxsize=1)
 def _register_lowerings() -> None:
-    for op in (ops.HOP, ops.ALL_GATHER, ops.ALL_REDUCE):
+    for op in COMMUNICATING:
         register_collective_lowering(op)
-    for op in (ops.KEEP, ops.TOUCH):
-        register_identity_lowering(op)
+    register_identity_lowering(ops.KEEP)

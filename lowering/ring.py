@@ -2,8 +2,9 @@
 
 At each stage: wait for its KV, start the hops of the next, compute, merge. What is
 computed and what travels is the plan's; layouts, windows and dilated patterns differ in
-it alone. Invariant: every rank starts the same list of tags, and what it gives needs
-every arrival, so that no compiler drops one rank's half of a hop.
+it alone. Autograd and AOTAutograd see one op for forward and one for backward; before
+Inductor lowers a graph ``expand`` writes them out. Invariant: every rank starts the
+same list of tags.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from ringcompile.ir.attention import RankPlan
 from ringcompile.lowering.adaptive import choose_blocks
 from ringcompile.lowering.bias_sums import BiasSums
 from ringcompile.lowering.empty_rows import fill_empty_rows
-from ringcompile.lowering.hops import Flight, Hops, Phase, keep, touch
+from ringcompile.lowering.hops import Flight, Hops, Phase, keep
 from ringcompile.lowering.merge import merge
 from ringcompile.lowering.program import (
     PartProgram,
@@ -28,7 +29,7 @@ from ringcompile.lowering.program import (
     build_program,
     read_plan,
 )
-from ringcompile.lowering.rows import RowSet, Segments, Size, Values
+from ringcompile.lowering.rows import RowSet, Segments, Size, Values, resolve
 from ringcompile.lowering.scores import (
     add_sinks,
     find_level,
@@ -72,6 +73,8 @@ def ring_attention(  # noqa: PLR0913 - the op's schema
     device = q.device.type
     if torch.is_autocast_enabled(device):  # as torch's own attention is autocast
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    if read_plan(plan).schedule.cp_size > 1:  # one copy for all hops of both directions
+        k, v = k.contiguous(), v.contiguous()
     with torch.autocast(device, enabled=False):
         known, shares = choose_blocks(q, k, captures, plan=plan)
         out, lse = _Ring.apply(plan, shares, q, k, v, sinks, *biases, *known)  # type: ignore[no-untyped-call]
@@ -79,9 +82,6 @@ def ring_attention(  # noqa: PLR0913 - the op's schema
         out = out if divisor == 1 else out / divisor
         lse = lse if sinks is None else None
         return fill_empty_rows(out, lse, (q, k, v), biases, plan=read_plan(plan))
-
-
-ops.LIBRARY.impl("ring_attention", ring_attention, "CompositeImplicitAutograd")
 
 
 class _Ring(torch.autograd.Function):
@@ -96,29 +96,15 @@ class _Ring(torch.autograd.Function):
         sinks: Tensor | None,
         *rest: Tensor,
     ) -> Values:
-        plan, hops = read_plan(plan_text), _hops_of(plan_text)
-        tensors, captures = _split(plan, rest)
-        own_outs: list[Tensor] = []
-
-        def attend(part: PartProgram) -> Values:
-            out, lse = _attend_part(part, hops, q, (k, v))
-            if plan.schedule.mixing.is_detached:
-                own_outs.append(out.to(q.dtype))
-            return part.queries.place((out, lse))[1]
-
-        level = find_level(plan, tensors, captures, q.shape[2])
-        biases = read_biases(plan, tensors, level)
-        parts = build_program(plan_text, q, k, captures, biases)
-        out, lse = reduce(_merge, map(attend, parts))
-        if sinks is not None:
-            assert not own_outs, "detached weights say nothing of a sink's"
-            scores = sink_scores(sinks, level, lse)
-            out, lse = add_sinks(out, lse, scores)
-        # Saved, and in this order, hops are not replayed under checkpointing: lse has
-        # no reader in forward and would be recomputed, ring and all (FACTS.md 2.3).
-        lse = keep(touch(lse, hops.idle))
-        outs = [keep(own) for own in own_outs]
-        out = keep(out.to(q.dtype), [lse, *outs])
+        biases, captures = _split(read_plan(plan_text), rest)
+        out, lse, *outs = ops.RING_FORWARD(
+            q, k, v, captures, biases, sinks, plan=plan_text
+        )
+        # Kept, the ring is not run again under checkpointing; and lse, which nothing in
+        # forward reads, would be, ring and all (FACTS.md 2.3).
+        lse = keep(lse)
+        outs = [keep(own) for own in outs]
+        out = keep(out, [lse, *outs])
         ctx.save_for_backward(q, k, v, sinks, lse, *rest, *(outs or [out]))
         ctx.plan_text = plan_text
         ctx.num_blocks = None if shares is None else shares.shape[-1]
@@ -132,49 +118,23 @@ class _Ring(torch.autograd.Function):
         grad_out: Tensor,
         _grad_lse: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        plan = read_plan(ctx.plan_text)
-        is_needed, rest_needed = ctx.needs_input_grad[2:5], ctx.needs_input_grad[6:]
-        learned, _ = _split(plan, rest_needed)
+        wants_shares, *is_needed = ctx.needs_input_grad[1:]
         q, k, v, sinks, lse, *saved = ctx.saved_tensors
-        rest, outs = saved[: len(rest_needed)], saved[len(rest_needed) :]
-        tensors, captures = _split(plan, rest)
-        # Behind the tangent, KV is not fetched in forward and saved (FACTS.md 2.3).
-        hops = _hops_of(ctx.plan_text, after=[grad_out])
-        lse = torch.where(lse == -torch.inf, torch.inf, lse)
-        shard = _Shard(grad_out.contiguous(), q, k, v, lse)
-        level = find_level(plan, tensors, captures, q.shape[2])
-        biases = read_biases(plan, tensors, level, learned)
-        parts = build_program(ctx.plan_text, q, k, captures, biases)
-        of_blocks = None if ctx.num_blocks is None else BlockSums(ctx.num_blocks)
-        d_sinks = None
-        if ctx.needs_input_grad[5]:
-            scores = sink_scores(sinks, level, lse)
-            d_sinks = sink_gradient(grad_out, outs[0], lse, scores).to(sinks.dtype)
-        if not plan.schedule.mixing.is_detached:
-            outs = [part.queries.take(outs[0]) for part in parts]
-        grads = reduce(
-            _add,
-            (
-                _part_gradients(
-                    *(p, hops, shard, out, of_blocks), returns=any(is_needed[1:])
-                )
-                for p, out in zip(parts, outs, strict=True)
-            ),
+        count = len(is_needed) - 4
+        rest, outs = saved[:count], saved[count:]
+        biases, captures = _split(read_plan(ctx.plan_text), rest)
+        needed = is_needed[: 4 + len(biases)]
+        found: Iterator[Tensor] = iter(
+            ops.RING_BACKWARD(
+                *(grad_out, q, k, v, outs, lse, captures, biases, sinks),
+                needed=needed,
+                num_blocks=ctx.num_blocks if wants_shares else None,
+                plan=ctx.plan_text,
+            )
         )
-        dq, dk, dv = (
-            touch(grad.to(x.dtype), hops.idle) if needed else None
-            for grad, x, needed in zip(grads[:3], (q, k, v), is_needed, strict=True)
-        )
-        d_shares = None
-        if of_blocks is not None:
-            d_shares = touch(of_blocks.total(), hops.idle)
-        summed = iter(grads[3:])
-        d_biases = (
-            touch(next(summed).to(x.dtype), hops.idle) if needed else None
-            for x, needed in zip(tensors, learned, strict=True)
-        )
-        d_captures = (None for _ in captures)
-        return None, d_shares, dq, dk, dv, d_sinks, *d_biases, *d_captures
+        grads = [next(found) if need else None for need in needed]
+        d_shares = next(found) if wants_shares else None
+        return None, d_shares, *grads, *(None for _ in captures)
 
 
 def _split(plan: RankPlan, rest: Sequence[_T]) -> tuple[list[_T], list[_T]]:
@@ -194,9 +154,9 @@ class _Shard:
     lse: Tensor
 
 
-def _hops_of(plan_text: str, after: Sequence[Tensor] = ()) -> Hops:
+def _hops_of(plan_text: str) -> Hops:
     plan = read_plan(plan_text)
-    return Hops(plan.group_name, plan.timeout_s, after=after)
+    return Hops(plan.group_name, plan.timeout_s)
 
 
 def _stages(
@@ -243,6 +203,37 @@ def _take(rows: RowSet | None, xs: Values) -> Values:
 # ---- forward -------------------------------------------------------------------------
 
 
+def attend_ring(  # noqa: PLR0913 - the op's schema
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    sinks: Tensor | None,
+    *,
+    plan: str,
+) -> list[Tensor]:
+    """Forward of ``ops.RING_FORWARD``: out, lse and maybe each part's own out."""
+    record, hops = read_plan(plan), _hops_of(plan)
+    own_outs: list[Tensor] = []
+
+    def attend(part: PartProgram) -> Values:
+        out, lse = _attend_part(part, hops, q, (k, v))
+        if record.schedule.mixing.is_detached:
+            own_outs.append(out.to(q.dtype, copy=True))
+        return part.queries.place((out, lse))[1]
+
+    level = find_level(record, biases, captures, q.shape[2])
+    read = read_biases(record, biases, level)
+    parts = build_program(plan, q, k, captures, read)
+    out, lse = reduce(_merge, map(attend, parts))
+    if sinks is not None:
+        assert not own_outs, "detached weights say nothing of a sink's"
+        out, lse = add_sinks(out, lse, sink_scores(sinks, level, lse))
+    found = [out.to(q.dtype), lse, *own_outs]
+    return [x.contiguous() for x in found]
+
+
 def _attend_part(part: PartProgram, hops: Hops, q: Tensor, kv: Values) -> Values:
     """Out and lse of one part, over the queries that take part."""
     queries = part.queries.take(q)
@@ -265,6 +256,57 @@ def _merge(a: Values, b: Values) -> Values:
 
 
 # ---- backward ------------------------------------------------------------------------
+
+
+def find_ring_gradients(  # noqa: PLR0913, PLR0917 - the op's schema
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    outs: Sequence[Tensor],
+    lse: Tensor,
+    captures: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    sinks: Tensor | None,
+    *,
+    needed: Sequence[bool],
+    num_blocks: Size | None,
+    plan: str,
+) -> list[Tensor]:
+    """Backward, ``ops.RING_BACKWARD``: the gradients that are needed."""
+    record, hops = read_plan(plan), _hops_of(plan)
+    lse = torch.where(lse == -torch.inf, torch.inf, lse)
+    shard = _Shard(grad_out.contiguous(), q, k, v, lse)
+    level = find_level(record, biases, captures, q.shape[2])
+    read = read_biases(record, biases, level, needed[4:])
+    parts = build_program(plan, q, k, captures, read)
+    of_blocks = None if num_blocks is None else BlockSums(num_blocks)
+    of_parts = list(outs)
+    if not record.schedule.mixing.is_detached:
+        of_parts = [part.queries.take(outs[0]) for part in parts]
+    dq, dk, dv, *d_biases = reduce(
+        _add,
+        (
+            _part_gradients(
+                *(part, hops, shard, out, of_blocks), returns=any(needed[1:3])
+            )
+            for part, out in zip(parts, of_parts, strict=True)
+        ),
+    )
+    found = [
+        grad.to(x.dtype)
+        for grad, x, need in zip((dq, dk, dv), (q, k, v), needed, strict=False)
+        if need
+    ]
+    if needed[3]:
+        assert sinks is not None, "sinks that want a gradient"
+        scores = sink_scores(sinks, level, lse)
+        found.append(sink_gradient(grad_out, outs[0], lse, scores).to(sinks.dtype))
+    learned = [x for x, need in zip(biases, needed[4:], strict=True) if need]
+    found += [total.to(x.dtype) for total, x in zip(d_biases, learned, strict=True)]
+    if of_blocks is not None:
+        found.append(of_blocks.total())
+    return [x.contiguous() for x in found]
 
 
 def _part_gradients(
@@ -360,3 +402,62 @@ def _zeros(xs: Values, rows: Size) -> Values:
 
 def _add(a: Values, b: Values) -> Values:
     return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+# ---- ops -----------------------------------------------------------------------------
+
+
+def _forward_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor],
+    _biases: Sequence[Tensor],
+    _sinks: Tensor | None,
+    *,
+    plan: str,
+) -> list[Tensor]:
+    out = q.new_empty((*q.shape[:3], v.shape[3]))
+    lse = q.new_empty(q.shape[:3], dtype=ops.accumulation_dtype(q.dtype))
+    if not read_plan(plan).schedule.mixing.is_detached:
+        return [out, lse]
+    parts = build_program(plan, q, k, captures, ())
+    own = [part.queries.own_rows for part in parts]
+    chunk = parts[0].frame.chunk
+    rows = [resolve(r.stop, chunk) - resolve(r.start, chunk) for r in own]
+    return [out, lse, *(q.new_empty((*q.shape[:2], n, v.shape[3])) for n in rows)]
+
+
+def _backward_shapes(  # noqa: PLR0913 - the op's schema
+    _grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    _outs: Sequence[Tensor],
+    lse: Tensor,
+    _captures: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    sinks: Tensor | None,
+    *,
+    needed: Sequence[bool],
+    num_blocks: Size | None,
+    plan: str,
+) -> list[Tensor]:
+    of = [q, k, v, sinks, *biases]
+    found = [
+        x.new_empty(x.shape)
+        for x, need in zip(of, needed, strict=True)
+        if need and x is not None
+    ]
+    if num_blocks is not None:
+        found.append(lse.new_empty((*q.shape[:2], num_blocks, num_blocks)))
+    return found
+
+
+ops.LIBRARY.impl("ring_attention", ring_attention, "CompositeImplicitAutograd")
+for _name, _kernel, _shapes in (
+    ("ring_forward", attend_ring, _forward_shapes),
+    ("ring_backward", find_ring_gradients, _backward_shapes),
+):
+    ops.LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ringcompile::{_name}", _shapes, lib=ops.LIBRARY)

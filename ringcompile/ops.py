@@ -17,6 +17,12 @@ LIBRARY = torch.library.Library("ringcompile", "DEF")
 #                   `biases` are as the plan says, `sinks` (H,) are scores of one more
 #                   key per head, whose value is 0. `plan` is `ir.text.format_plan` of
 #                   a `RankPlan`.
+#   ring_forward    the ring of an attention, whole: out in the dtype of q and lse, then
+#                   each part's own out where its weights are detached.
+#   ring_backward   its gradients, of `outs`, all or the parts' own: of q, k, v, sinks,
+#                   the biases and, where `num_blocks` says how many there are, of the
+#                   scores summed over blocks, as far as they are `needed`. Inductor
+#                   never sees these two: `lowering.expand` writes the ring out.
 #   shard ... scale_grad  reshards, with the transposes of DESIGN.md section 3. `spec`
 #                   is `ir.reshard.format_spec` of a `ReshardSpec`. The cut dim may be a
 #                   flattening [outer, length, inner]; pads copy the last position, or
@@ -25,11 +31,12 @@ LIBRARY = torch.library.Library("ringcompile", "DEF")
 #                   stand: `at` are indices that broadcast against each other.
 #   hop, all_gather, all_reduce  start communication, `_c10d_functional.wait_tensor`
 #                   ends it. `deps` only order; dst or src = -1: no peer, no rows.
-#   keep, touch     copies of x that make `deps` needed; `keep` is saved for backward.
+#   keep            a copy of x that is saved for backward, and makes `deps` needed.
 #   row_table       rows of a shard that take part, (heads, n) int64, -1 for no row; or
 #                   which of them travel, and where.
 #   block_lists     numbers and indices of blocks of keys under a mask, then of full
-#                   ones, for each block of queries, as `flex_attention` has them.
+#                   ones, for each block of queries, as `flex_attention` has them; then
+#                   those of blocks of queries for each block of keys.
 #   sum_up_blocks   means of blocks of q and k, equal on all ranks; see lowering.
 #   choose_blocks   the key blocks that each query block keeps, (B, H, num_blocks,
 #                   count) int64, -1 for none.
@@ -48,6 +55,11 @@ LIBRARY = torch.library.Library("ringcompile", "DEF")
 _SCHEMAS = """
 ring_attention(Tensor q, Tensor k, Tensor v, Tensor[] captures, Tensor[] biases,
     Tensor? sinks=None, *, str plan) -> Tensor;
+ring_forward(Tensor q, Tensor k, Tensor v, Tensor[] captures, Tensor[] biases,
+    Tensor? sinks, *, str plan) -> Tensor[];
+ring_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor[] outs, Tensor lse,
+    Tensor[] captures, Tensor[] biases, Tensor? sinks, *, bool[] needed,
+    SymInt? num_blocks, str plan) -> Tensor[];
 
 shard(Tensor x, int dim, SymInt outer=1, SymInt inner=1, *, str spec,
     Scalar? fill=None) -> Tensor;
@@ -65,7 +77,6 @@ all_gather(Tensor x, int cp_size, int tag, str group_name, float timeout_s) -> T
 all_reduce(Tensor[] xs, int tag, str group_name, float timeout_s) -> Tensor[];
 
 keep(Tensor x, Tensor[] deps) -> Tensor;
-touch(Tensor x, Tensor[] deps) -> Tensor;
 
 row_table(str spec, *, Device device) -> Tensor;
 block_lists(str spec, *, Device device) -> Tensor[];
@@ -92,6 +103,8 @@ for _schema in _SCHEMAS.split(";")[:-1]:
 
 _OPS = torch.ops.ringcompile
 RING_ATTENTION = _OPS.ring_attention.default
+RING_FORWARD = _OPS.ring_forward.default
+RING_BACKWARD = _OPS.ring_backward.default
 SHARD = _OPS.shard.default
 GATHER = _OPS.gather.default
 REDUCE = _OPS.reduce.default
@@ -102,7 +115,6 @@ HOP = _OPS.hop.default
 ALL_GATHER = _OPS.all_gather.default
 ALL_REDUCE = _OPS.all_reduce.default
 KEEP = _OPS.keep.default
-TOUCH = _OPS.touch.default
 ROW_TABLE = _OPS.row_table.default
 BLOCK_LISTS = _OPS.block_lists.default
 SUM_UP_BLOCKS = _OPS.sum_up_blocks.default
@@ -144,11 +156,6 @@ def _all_reduce_shapes(xs: Sequence[Tensor], *_rest: object) -> list[Tensor]:
 
 @torch.library.register_fake("ringcompile::keep", lib=LIBRARY)
 def _keep_shape(x: Tensor, _deps: Sequence[Tensor]) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.register_fake("ringcompile::touch", lib=LIBRARY)
-def _touch_shape(x: Tensor, _deps: Sequence[Tensor]) -> Tensor:
     return torch.empty_like(x)
 
 

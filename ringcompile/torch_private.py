@@ -1,7 +1,7 @@
 """Every private API of torch that we use, for torch 2.11 and 2.13, in one place."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from types import FrameType, MappingProxyType
@@ -17,12 +17,11 @@ from torch._logging._internal import trace_structured
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed import ProcessGroup, distributed_c10d
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = ["Work"]  # the rest is defined here
 
@@ -233,57 +232,6 @@ def register_identity_lowering(op: OpOverload) -> None:
     lowering.register_lowering(op, type_promotion_kind=None)(lambda x, _deps: x)
 
 
-GraphPass = Callable[[Graph], None]
-
-
-def joint_passes(patches: Mapping[str, object]) -> list[GraphPass]:
-    """The passes over joint graphs that a user has asked for, here or globally."""
-    from torch._inductor import config  # noqa: PLC0415
-
-    asked: Any = patches.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
-    if asked is None:
-        return []
-    return list(asked) if isinstance(asked, list | tuple) else [asked]
-
-
-def pass_uuid(graph_pass: GraphPass) -> str:
-    """What compile caches know a pass by; empty if nothing."""
-    from torch._inductor.custom_graph_pass import CustomGraphPass  # noqa: PLC0415
-
-    uuid = graph_pass.uuid() if isinstance(graph_pass, CustomGraphPass) else None
-    return repr(uuid) if uuid else ""
-
-
-def mark_saved_pass(
-    op: OpOverload, uuid: str, others: Sequence[GraphPass] = ()
-) -> GraphPass:
-    """A pass over the joint graph: results of ``op`` are saved, never recomputed.
-
-    Args:
-        op: op with one tensor result.
-        uuid: what the compile cache knows the pass by; empty keeps graphs out of it.
-        others: the user's own passes, run first.
-    """
-    from torch._inductor.custom_graph_pass import CustomGraphPass  # noqa: PLC0415
-
-    class MarkSaved(CustomGraphPass):
-        def __call__(self, graph: Graph) -> None:
-            for other in others:
-                other(graph)
-            mark_saved(graph, op)
-
-        def uuid(self) -> str | None:
-            return uuid or None
-
-    return MarkSaved()
-
-
-def mark_saved(graph: Graph, op: OpOverload) -> None:
-    """Let the partitioner save every result of ``op``."""
-    for node in graph.find_nodes(op="call_function", target=op):
-        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-
-
 def compile_with_inductor(
     gm: GraphModule,
     example_inputs: Sequence[object],
@@ -341,19 +289,30 @@ MaskMod = Callable[..., Tensor]
 
 
 class BlockLists(NamedTuple):
-    """For each block of queries, blocks of 128 keys; int32 ``(1, 1, rows[, columns])``.
+    """Of each row of blocks of 128 pairs which columns, and of each column which rows.
+
+    All int32; numbers are ``(1, 1, rows)``, which ones ``(1, 1, rows, columns)`` with
+    those that count first; of queries, with rows and columns exchanged.
 
     Attributes:
         num_partial: how many are under the mask.
-        partial: which, those first.
+        partial: which.
         num_full: how many need no mask.
-        full: which, those first.
+        full: which.
+        num_partial_q: how many blocks of queries are, of each block of keys.
+        partial_q: which.
+        num_full_q: how many of those need no mask.
+        full_q: which.
     """
 
     num_partial: Tensor
     partial: Tensor
     num_full: Tensor
     full: Tensor
+    num_partial_q: Tensor
+    partial_q: Tensor
+    num_full_q: Tensor
+    full_q: Tensor
 
 
 def is_traced() -> bool:
@@ -409,19 +368,13 @@ def flex_backward(  # noqa: PLR0913, PLR0917 - one attention's tensors
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, of ``out`` and ``lse`` (to the base 2) over all keys there are."""
     from torch._higher_order_ops.flex_attention import (  # noqa: PLC0415
-        create_fw_bw_graph,
         flex_attention_backward,
     )
 
     mask = _as_tuple(q, k, lists, mask_mod)
-    indices = [q.new_zeros((), dtype=torch.int) for _ in range(4)]
-    examples = (q.new_zeros((), requires_grad=True), *indices)
-    with torch.enable_grad():
-        build_graphs: Any = create_fw_bw_graph  # its types are narrower than what works
-        forward, joint, *_ = build_graphs(_same_score, examples, ())
     backward: Any = flex_attention_backward
     dq, dk, dv, *_ = backward(
-        *(q, k, v, out, lse, grad_out, None, forward, joint, mask),
+        *(q, k, v, out, lse, grad_out, None, _same_score, _same_gradient, mask),
         *(scale, dict(_FLEX_OPTIONS), (), buffers),
     )
     return dq, dk, dv
@@ -431,13 +384,20 @@ def _same_score(score: Tensor, *_: object) -> Tensor:
     return score
 
 
+def _same_gradient(
+    _score: Tensor, _b: Tensor, _h: Tensor, _q: Tensor, _k: Tensor, grad: Tensor
+) -> list[Tensor | None]:
+    """Gradients of ``_same_score`` by what it is called with."""
+    return [grad, None, None, None, None]
+
+
 def _as_tuple(
     q: Tensor, k: Tensor, lists: BlockLists, mask_mod: MaskMod
 ) -> tuple[object, ...]:
     from torch.nn.attention.flex_attention import BlockMask  # noqa: PLC0415
 
     sizes = (q.shape[2], k.shape[2])
-    mask = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=128, seq_lengths=sizes)
+    mask = BlockMask(sizes, *lists, BLOCK_SIZE=(128, 128), mask_mod=mask_mod)
     return (*mask.as_tuple()[:-1], mask_mod)  # its own would take no buffers
 
 

@@ -180,12 +180,15 @@ def _read_side(side: Side, rank: int) -> tuple[tuple[int, ...], int]:
 
 def _list_all(q_pos: Tensor, k_pos: Tensor) -> BlockLists:
     """Every block, under the mask: where the length is open."""
-    num_rows, num_columns = _count(q_pos.shape[0]), _count(k_pos.shape[0])
-    counts = q_pos.new_full((1, 1, num_rows), 0, dtype=torch.int32)
-    every = cast("int", num_columns)  # or symbolic
-    columns = torch.arange(every, dtype=torch.int32, device=q_pos.device)
-    indices = columns.expand(1, 1, num_rows, -1).contiguous()
-    return BlockLists(counts + every, indices, counts, indices)
+    sizes = tuple(_count(x.shape[0]) for x in (q_pos, k_pos))
+    made: list[Tensor] = []
+    for num_rows, num_columns in (sizes, sizes[::-1]):
+        none = q_pos.new_full((1, 1, num_rows), 0, dtype=torch.int32)
+        every = cast("int", num_columns)  # or symbolic
+        columns = torch.arange(every, dtype=torch.int32, device=q_pos.device)
+        indices = columns.expand(1, 1, num_rows, -1).contiguous()
+        made += [none + every, indices, none, indices]
+    return BlockLists(*made)
 
 
 def _count(rows: Size) -> int | SymInt:
@@ -196,7 +199,7 @@ def _count(rows: Size) -> int | SymInt:
 def _list_blocks(
     keeps: Boolean, num_heads: int, q: tuple[int, ...], k: tuple[int, ...]
 ) -> str:
-    """For each row of blocks those under the mask, then the full ones, as text."""
+    """Of each row of blocks those under the mask, then the full ones, as text."""
     rows, columns = (_cut(x) for x in (q, k))
     kept = torch.zeros(len(rows), len(columns), dtype=torch.int8)
     undecided: list[tuple[int, int]] = []
@@ -277,20 +280,32 @@ def _parse(text: str) -> list[int]:
 
 
 @lru_cache(maxsize=256)
-def _make_lists(text: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _make_lists(text: str) -> tuple[Tensor, ...]:
+    """Of each row of blocks which columns, then of each column which rows."""
     columns, *lines = text.split("\n")
     pairs = [line.split(";") for line in lines]
+    by_row = [list(map(_parse, lists)) for lists in zip(*pairs, strict=True)]
+    by_column = [_transpose(rows, int(columns)) for rows in by_row]
     made: list[Tensor] = []
-    for lists in zip(*pairs, strict=True):
-        numbers = [_parse(numbers) for numbers in lists]
-        # Behind the listed ones come the others, as torch's own lists have it.
-        order = [
-            [*row, *sorted(set(range(int(columns))) - set(row))] for row in numbers
-        ]
-        counts = torch.tensor(list(map(len, numbers)), dtype=torch.int32)
-        made += [counts[None, None], torch.tensor(order, dtype=torch.int32)[None, None]]
-    first, second, third, fourth = made
-    return first, second, third, fourth
+    for lists, size in ((by_row, int(columns)), (by_column, len(lines))):
+        for numbers in lists:
+            made += _as_tensors(numbers, size)
+    return tuple(made)
+
+
+def _transpose(rows: Sequence[Sequence[int]], num_columns: int) -> list[list[int]]:
+    columns: list[list[int]] = [[] for _ in range(num_columns)]
+    for n, row in enumerate(rows):
+        for column in row:
+            columns[column].append(n)
+    return columns
+
+
+def _as_tensors(lists: Sequence[Sequence[int]], size: int) -> tuple[Tensor, Tensor]:
+    """How many each list has, and which; behind those the others, as torch has it."""
+    order = [[*row, *sorted(set(range(size)) - set(row))] for row in lists]
+    counts = torch.tensor(list(map(len, lists)), dtype=torch.int32)
+    return counts[None, None], torch.tensor(order, dtype=torch.int32)[None, None]
 
 
 def _block_lists(text: str, *, device: torch.device) -> list[Tensor]:
@@ -299,7 +314,8 @@ def _block_lists(text: str, *, device: torch.device) -> list[Tensor]:
 
 def _block_list_shapes(text: str, *, device: torch.device) -> list[Tensor]:
     rows, columns = text.count("\n"), int(text.split("\n", 1)[0])
-    shapes = ((1, 1, rows), (1, 1, rows, columns)) * 2
+    shapes = [(1, 1, rows), (1, 1, rows, columns)] * 2
+    shapes += [(1, 1, columns), (1, 1, columns, rows)] * 2
     return [torch.empty(s, dtype=torch.int32, device=device) for s in shapes]
 
 

@@ -75,6 +75,11 @@ def parse_plan(text: str) -> RankPlan:
     return RankPlan(**fields)
 
 
+def rename_plan(text: str, index: int, name: str) -> str:
+    """The text of the same plan of another attention."""
+    return _dump(json.loads(text) | {"index": index, "name": name})
+
+
 def format_schedule(schedule: Schedule) -> str:
     """Write a schedule, equal on all ranks, as canonical ASCII text."""
     return _dump(_schedule_to_json(schedule))

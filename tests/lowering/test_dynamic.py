@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.compiling import compile_expanded
 from support.ranks import RankPool
 from support.ring_cases import Case, join, plan_text
 from torch import Tensor
@@ -29,7 +30,7 @@ def run_lengths(
         compiled += 1
         if backend == "inductor":
             return compile_with_inductor(gm, example, inductor_patches({}))
-        return torch._dynamo.lookup_backend("aot_eager")(gm, example)
+        return compile_expanded(gm, example)
 
     plan = plan_text(case, group, rank, timeout_s=120.0)
 
@@ -72,7 +73,7 @@ def check(ranks: RankPool, case: Case, backend: str, world_size: int) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
 @pytest.mark.parametrize("mask", ["causal", "padding", "all"])
 def test_any_length(ranks: RankPool, layout: str, mask: str) -> None:
-    check(ranks, Case(mask, layout, any_length=True), "aot_eager", 2)
+    check(ranks, Case(mask, layout, any_length=True), "expanded", 2)
 
 
 @pytest.mark.slow

@@ -45,8 +45,8 @@ def test_every_tile_is_flex(ranks: RankPool, cp_size: int) -> None:
         Case(mask, layout, S, heads, kernel="flex", compile=compiler, any_length=is_any)
         for mask, layout, S, compiler, is_any in (
             ("causal", "zigzag", 300, "eager", False),
-            ("padding", "contiguous", 301, "aot_eager", False),
-            ("documents", "zigzag", 48, "aot_eager", True),
+            ("padding", "contiguous", 301, "expanded", False),
+            ("documents", "zigzag", 48, "expanded", True),
             ("global local", "contiguous", 300, "eager", False),
             ("window", "striped", 300, "eager", False),
         )
@@ -72,14 +72,16 @@ MASKS: dict[str, Boolean] = {
 def read_lists(text: str) -> tuple[Tensor, Tensor]:
     """Which blocks are under the mask, and which are full, ``(rows, columns)``."""
     found = []
-    counts_and_indices = flex._make_lists(text)
-    for counts, indices in (counts_and_indices[:2], counts_and_indices[2:]):
+    lists = flex._make_lists(text)
+    for counts, indices in zip(lists[::2], lists[1::2], strict=True):
         on = torch.zeros(indices.shape[2:], dtype=torch.bool)
         for row, count in enumerate(counts[0, 0].tolist()):
             on[row, indices[0, 0, row, :count].long()] = True
         assert (indices.sort().values == torch.arange(indices.shape[3])).all()
         found.append(on)
-    partial, full = found
+    partial, full, partial_of_keys, full_of_keys = found
+    assert torch.equal(partial_of_keys, partial.mT)
+    assert torch.equal(full_of_keys, full.mT)
     return partial, full
 
 

@@ -5,17 +5,16 @@ from torch.fx import Graph
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ringcompile import ops
+from ringcompile.inductor_passes import GraphPass, pass_uuid
 from ringcompile.lowering import inductor
 from ringcompile.lowering.inductor import inductor_patches, sources_hash
-from ringcompile.torch_private import GraphPass, pass_uuid
 
 
 def joint_graph() -> Graph:
     graph = Graph()
     x = graph.placeholder("x")
-    graph.output(
-        graph.call_function(ops.KEEP, (graph.call_function(ops.TOUCH, (x, [])), []))
-    )
+    other = graph.call_function(torch.ops.aten.sin.default, (x,))
+    graph.output(graph.call_function(ops.KEEP, (other, [])))
     return graph
 
 
@@ -35,7 +34,7 @@ def test_kept_values_are_saved() -> None:
     graph = run_joint_pass(inductor_patches({}))
     policies = {n.target: n.meta.get("recompute") for n in graph.nodes}
     assert policies[ops.KEEP] is CheckpointPolicy.MUST_SAVE
-    assert policies[ops.TOUCH] is None
+    assert policies[torch.ops.aten.sin.default] is None
 
 
 def test_a_users_patches_win_and_its_passes_run_first() -> None:

@@ -167,7 +167,7 @@ def test_rows_along_a_curve(ranks: RankPool, world_size: int) -> None:
             Case("documents", "hilbert", 37, segment=16, block_order="hilbert"),
             Case("documents", "hilbert", 37, segment=16, level=4),
             Case("longnet", "hilbert", 83, segment=48, stages=2),
-            Case("longnet", "hilbert", 37, segment=24, compile="aot_eager"),
+            Case("longnet", "hilbert", 37, segment=24, compile="expanded"),
         ],
     )
 
@@ -209,16 +209,16 @@ def test_traced_by_aot_autograd(ranks: RankPool) -> None:
         ranks,
         3,
         [
-            Case("causal", compile="aot_eager"),
-            Case("causal", "zigzag", 37, stages=2, compile="aot_eager"),
-            Case("padding", "striped", 37, compile="aot_eager"),
-            Case("padding", empty=EmptyRow.MEAN_ALL, compile="aot_eager"),
-            Case("longnet", "zigzag", 37, compile="aot_eager"),
-            Case("detached longnet", "zigzag", 37, compile="aot_eager"),
+            Case("causal", compile="expanded"),
+            Case("causal", "zigzag", 37, stages=2, compile="expanded"),
+            Case("padding", "striped", 37, compile="expanded"),
+            Case("padding", empty=EmptyRow.MEAN_ALL, compile="expanded"),
+            Case("longnet", "zigzag", 37, compile="expanded"),
+            Case("detached longnet", "zigzag", 37, compile="expanded"),
             # Which hops are needed differs; on every rank it must be the same ones.
-            Case("causal", needs_grad=(True, False, False), compile="aot_eager"),
-            Case("causal", needs_grad=(False, True, False), compile="aot_eager"),
-            Case("causal", needs_grad=(False, False, True), compile="aot_eager"),
+            Case("causal", needs_grad=(True, False, False), compile="expanded"),
+            Case("causal", needs_grad=(False, True, False), compile="expanded"),
+            Case("causal", needs_grad=(False, False, True), compile="expanded"),
         ],
     )
 

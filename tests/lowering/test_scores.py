@@ -174,7 +174,7 @@ def test_parts_with_selected_rows(ranks: RankPool) -> None:
 
 
 def test_traced_by_aot_autograd(ranks: RankPool) -> None:
-    base = Case("causal", "zigzag", 37, compile="aot_eager")
+    base = Case("causal", "zigzag", 37, compile="expanded")
     every = ScoreCase(base, MIXED, 2.0, has_sinks=True)
     check(
         ranks,
@@ -194,7 +194,7 @@ def test_frozen_inputs_have_no_gradient_and_cost_no_hang(ranks: RankPool) -> Non
         3,
         [
             ScoreCase(replace(base, compile=compiler), biases, has_sinks=has_sinks)
-            for compiler in ("eager", "aot_eager")
+            for compiler in ("eager", "expanded")
             for biases, has_sinks in ((("dense",), False), (("fixed",), True))
         ],
     )
@@ -203,7 +203,7 @@ def test_frozen_inputs_have_no_gradient_and_cost_no_hang(ranks: RankPool) -> Non
 def test_rows_without_a_key_under_an_added_mask(ranks: RankPool) -> None:
     base = Case("padding", "zigzag", 37, empty=EmptyRow.MEAN_ALL)
     case = ScoreCase(base, ("relative", "dense"), 1.5)
-    check(ranks, 2, [case, replace(case, base=replace(base, compile="aot_eager"))])
+    check(ranks, 2, [case, replace(case, base=replace(base, compile="expanded"))])
     read = replace(case, reads_empty=True)
     names = dict(zip(case.names, range(len(case.names)), strict=True))
     want = read.expected()
@@ -275,7 +275,7 @@ def run_lengths(group: ProcessGroup, rank: int, case: ScoreCase) -> list[list[Te
 
 
 def test_any_length(ranks: RankPool) -> None:
-    base = Case("causal", "zigzag", any_length=True, compile="aot_eager")
+    base = Case("causal", "zigzag", any_length=True, compile="expanded")
     case = ScoreCase(base, ("dense", "relative"), 1.5, has_sinks=True)
     by_rank = ranks.run(run_lengths, case, world_size=2)
     for n, length in enumerate(LENGTHS):

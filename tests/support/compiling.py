@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from ringcompile import backend
 from ringcompile.config import RingOptions
+from ringcompile.lowering.expand import expand_rings
 from ringcompile.lowering.inductor import inductor_patches
 from ringcompile.mesh import find_ranks
 from ringcompile.ops import HOP
@@ -134,14 +135,19 @@ def compile_ring(
     return torch.compile(model, backend=compile_graph, dynamic=dynamic), record
 
 
-def _capture(
-    gm: GraphModule, inputs: Sequence[object], record: Record
+def compile_expanded(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    see: Callable[[GraphModule, bool], None] = lambda _graph, _is_backward: None,
 ) -> Callable[..., Any]:
-    def keep_graph(
+    """A backend that runs eagerly what Inductor would lower, its rings written out."""
+
+    def run_eagerly(
         graph: GraphModule, _inputs: Sequence[object], **options: object
     ) -> Callable[..., Any]:
-        is_backward = bool(options.get("is_backward"))
-        record.graphs.append(_read_graph(graph, is_backward=is_backward))
+        expand_rings(graph.graph, can_call=False)
+        graph.recompile()
+        see(graph, bool(options.get("is_backward")))
 
         def run(args: list[object]) -> object:
             return graph(*args)
@@ -150,7 +156,16 @@ def _capture(
         return run
 
     patches = inductor_patches({})
-    return compile_with_inductor(gm, inputs, patches, inner_compile=keep_graph)
+    return compile_with_inductor(gm, inputs, patches, inner_compile=run_eagerly)
+
+
+def _capture(
+    gm: GraphModule, inputs: Sequence[object], record: Record
+) -> Callable[..., Any]:
+    def see(graph: GraphModule, is_backward: bool) -> None:
+        record.graphs.append(_read_graph(graph, is_backward=is_backward))
+
+    return compile_expanded(gm, inputs, see)
 
 
 def _read_graph(graph: GraphModule, *, is_backward: bool) -> Graph:

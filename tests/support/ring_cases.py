@@ -22,6 +22,7 @@ from ringcompile.lowering.inductor import inductor_patches
 from ringcompile.plan.stages import build_schedule
 from ringcompile.torch_private import compile_with_inductor
 from support import dense
+from support.compiling import compile_expanded
 
 SCALE = 0.3
 
@@ -39,7 +40,8 @@ class Case:
         empty: what a row with no key gives.
         stages: at most so many; None: one per step.
         needs_grad: of q, k, v.
-        compile: ``eager``, ``aot_eager`` or ``inductor``.
+        compile: ``eager``; ``expanded``: eager too, but as graphs in which rings are
+            written out; or ``inductor``.
         any_length: plan for any length that needs no padding.
         segment: of a hilbert layout.
         block_order: ``natural`` or ``hilbert``.
@@ -276,7 +278,7 @@ def compile_ring(
     if case.compile == "eager":
         return attend
     torch.compiler.reset()  # Dynamo counts what it compiled by code object
-    backend = "aot_eager" if case.compile == "aot_eager" else _inductor
+    backend = compile_expanded if case.compile == "expanded" else _inductor
     return torch.compile(attend, backend=backend, fullgraph=True, dynamic=dynamic)
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -15,15 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ringcompile import ops
 from ringcompile.ir.layout import Layout
-from ringcompile.lowering import hops, ring
+from ringcompile.lowering import ring
 from ringcompile.lowering.hops import Tag
 from ringcompile.lowering.inductor import inductor_patches
 from ringcompile.lowering.tiles import math
 from ringcompile.lowering.transports import process_group
 from ringcompile.torch_private import compile_with_inductor
 from support.ring_cases import Case, plan_text
-
-_STOP_AT_BACKWARD = "backward was compiled and shall not run"
 
 
 @dataclass
@@ -72,14 +69,6 @@ def trace_checkpointed(
     return _trace(case, model, (group.size(), rank), without)
 
 
-def trace_compiling_checkpointed(
-    group: ProcessGroup, rank: int, case: Case, without: tuple[str, ...]
-) -> Trace:
-    """The same, but backward is only compiled: run, it would hang."""
-    model = _checkpointed(_model(case, group, rank))
-    return _trace(case, model, (group.size(), rank), without, runs_backward=False)
-
-
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -113,12 +102,7 @@ def expected(case: Case) -> tuple[Tensor, ...]:
 
 
 def _trace(
-    case: Case,
-    model: Model,
-    place: tuple[int, int],
-    without: tuple[str, ...],
-    *,
-    runs_backward: bool = True,
+    case: Case, model: Model, place: tuple[int, int], without: tuple[str, ...]
 ) -> Trace:
     seen = Trace()
     size, rank = place
@@ -126,13 +110,8 @@ def _trace(
     q, k, v, grad = (x[:, :, at] for x in case.tensors())
     inputs = [x.requires_grad_() for x in (q, k, v)]
 
-    def see(graph: Graph) -> None:
-        seen.see(graph)
-        if len(seen.tags) == 2 and not runs_backward:
-            raise RuntimeError(_STOP_AT_BACKWARD)
-
     def backend(gm: GraphModule, example: list[Tensor]) -> Callable[..., object]:
-        patches = inductor_patches({"post_grad_custom_post_pass": see})
+        patches = inductor_patches({"post_grad_custom_post_pass": seen.see})
         if "order" in without:
             patches["reorder_for_peak_memory"] = True
         return compile_with_inductor(gm, example, patches)
@@ -143,32 +122,14 @@ def _trace(
         _record(seen.events, stack)
         out = torch.compile(model, backend=backend, fullgraph=True)(*inputs)
         seen.events.append("backward")
-        try:
-            out.backward(grad)
-        except Exception as error:
-            if _STOP_AT_BACKWARD in str(error):
-                return seen
-            raise
+        out.backward(grad)
     seen.results = [out.detach(), *(x.grad for x in inputs if x.grad is not None)]
     return seen
 
 
 def _remove(cure: str, stack: ExitStack) -> None:
-    if cure == "tangent":
-        real = ring._hops_of
-        free = patch.object(ring, "_hops_of", lambda text, after=(): real(text))
-        stack.enter_context(free)
-    elif cure == "tag":
-        phases = SimpleNamespace(
-            FORWARD_KV=hops.Phase.FORWARD_KV,
-            BACKWARD_KV=hops.Phase.FORWARD_KV,
-            BACKWARD_DKV=hops.Phase.BACKWARD_DKV,
-        )
-        stack.enter_context(patch.object(ring, "Phase", phases))
-    elif cure == "keep":
+    if cure == "keep":
         stack.enter_context(patch.object(ring, "keep", lambda x, deps=(): x))
-    elif cure == "touch":
-        stack.enter_context(patch.object(ring, "touch", lambda x, deps: x))
     else:
         assert cure == "order", cure
 

@@ -1,0 +1,170 @@
+"""Rings written out, once AOTAutograd has cut the graph into forward and backward.
+
+Until then a ring is one op in each, so no pass over the joint graph walks through it
+and none can move it or save what it fetches. Rings that say the same are traced once
+and, where Inductor can call a graph, compiled once. Invariant: which rings those are
+is told by plans and shapes alone, so all ranks tell alike.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from operator import getitem
+from types import MappingProxyType
+
+import torch
+from torch import SymInt, Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from ringcompile import ops
+from ringcompile.inductor_passes import OWN_MEMORY, pass_over, trace_graph
+from ringcompile.ir.text import rename_plan
+from ringcompile.lowering.hops import SHARED
+from ringcompile.lowering.ring import attend_ring, find_ring_gradients
+
+_LOOPS: Mapping[Callable[..., object] | str, Callable[..., list[Tensor]]] = (
+    MappingProxyType(
+        {ops.RING_FORWARD: attend_ring, ops.RING_BACKWARD: find_ring_gradients}
+    )
+)
+COMMUNICATING = (ops.HOP, ops.ALL_GATHER, ops.ALL_REDUCE)
+
+
+def expand_rings(graph: Graph, *, can_call: bool) -> None:
+    """Replace every ring op by what it does.
+
+    Args:
+        graph: of forward or backward, with fake values.
+        can_call: whether rings that are alike may become calls of one graph; else each
+            of them is written out.
+    """
+    alike: dict[tuple[object, ...], list[Node]] = {}
+    for op in _LOOPS:
+        for node in graph.find_nodes(op="call_function", target=op):
+            alike.setdefault(_describe(node), []).append(node)
+    for nodes in alike.values():
+        body = _trace(nodes[0], is_shared=len(nodes) > 1)
+        if can_call and len(nodes) > 1 and _is_fixed(nodes[0]):
+            _call(graph, nodes, body)
+        else:
+            _write_out(graph, nodes, body)
+
+
+def communicates(module: GraphModule) -> bool:
+    """Whether a graph, or one that it calls, starts communication."""
+    graphs = (m.graph for m in module.modules() if isinstance(m, GraphModule))
+    return any(node.target in COMMUNICATING for g in graphs for node in g.nodes)
+
+
+def _describe(node: Node) -> tuple[object, ...]:
+    """Equal iff one graph does what both do; which attention it is does not count."""
+    args, kwargs = map_arg((node.args, dict(node.kwargs)), _describe_value)
+    plan = rename_plan(str(node.kwargs["plan"]), SHARED, "")
+    return node.target, repr(args), repr(kwargs | {"plan": plan})
+
+
+def _describe_value(node: Node) -> str:
+    x = node.meta["val"]
+    if not isinstance(x, Tensor):
+        return str(x)
+    return f"{tuple(x.shape)} {x.stride()} {x.storage_offset()} {x.dtype} {x.device}"
+
+
+def _operands(node: Node) -> list[Node]:
+    """What it reads, in order; what is read twice is named twice."""
+    found: list[Node] = []
+    map_arg((node.args, dict(node.kwargs)), found.append)
+    return found
+
+
+def _is_fixed(node: Node) -> bool:
+    """Whether all it reads are tensors whose sizes are numbers."""
+    values = [n.meta["val"] for n in _operands(node)]
+    return not any(
+        isinstance(size, SymInt)
+        for x in values
+        for size in ((*x.shape, *x.stride()) if isinstance(x, Tensor) else (x,))
+    )
+
+
+def _trace(node: Node, *, is_shared: bool) -> GraphModule:
+    plan = str(node.kwargs["plan"])
+    if is_shared:
+        plan = rename_plan(plan, SHARED, "several attentions")
+
+    def run(*values: Tensor) -> list[Tensor]:
+        left = iter(values)
+        args, kwargs = map_arg(
+            (node.args, dict(node.kwargs)),
+            lambda _: next(left),
+        )
+        return _LOOPS[node.target](*args, **(kwargs | {"plan": plan}))
+
+    return trace_graph(run, [n.meta["val"] for n in _operands(node)])
+
+
+# ---- calls ---------------------------------------------------------------------------
+
+
+def _call(graph: Graph, nodes: Sequence[Node], body: GraphModule) -> None:
+    call_graph: Callable[..., object] = torch.ops.higher_order.invoke_subgraph
+    body.meta[OWN_MEMORY] = True
+    pass_over(body)
+    name = _add_child(graph, "shared_ring", body)
+    for node in nodes:
+        with graph.inserting_before(node):
+            child = graph.get_attr(name)
+            call = graph.call_function(call_graph, (child, name, *_operands(node)))
+        call.meta = {
+            "val": tuple(node.meta["val"]),
+            "stack_trace": node.meta.get("stack_trace"),
+        }
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+
+
+def _add_child(graph: Graph, name: str, child: object) -> str:
+    """Give the graph's module an attribute; returns its name, which is a free one."""
+    module = graph.owning_module
+    assert module is not None, "a graph that Inductor lowers has a module"
+    n = 0
+    while hasattr(module, f"{name}_{n}"):
+        n += 1
+    setattr(module, f"{name}_{n}", child)
+    return f"{name}_{n}"
+
+
+# ---- copies --------------------------------------------------------------------------
+
+
+def _write_out(graph: Graph, nodes: Sequence[Node], body: GraphModule) -> None:
+    children = {
+        n.target: _add_child(graph, str(n.target), getattr(body, str(n.target)))
+        for n in body.graph.find_nodes(op="get_attr")
+    }
+    for node in nodes:
+        with graph.inserting_before(node):
+            results = _copy(graph, body.graph, node, children)
+        for item in list(node.users):
+            assert item.target is getitem, "of a list one takes items"
+            item.replace_all_uses_with(results[item.args[1]])  # type: ignore[index]
+            graph.erase_node(item)
+        graph.erase_node(node)
+
+
+def _copy(
+    graph: Graph, body: Graph, ring: Node, children: Mapping[object, str]
+) -> list[Node]:
+    placeholders = body.find_nodes(op="placeholder")
+    copies = dict(zip(placeholders, _operands(ring), strict=True))
+    for node in body.nodes:
+        if node.op == "output":
+            results = map_arg(node.args[0], copies.__getitem__)
+            return list(results)
+        if node.op == "placeholder":
+            continue
+        copy = graph.node_copy(node, copies.__getitem__)
+        if node.op == "get_attr":
+            copy.target = children[node.target]
+        copy.meta["stack_trace"] = ring.meta.get("stack_trace")
+        copies[node] = copy
+    raise AssertionError("a graph has an output")

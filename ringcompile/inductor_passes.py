@@ -1,0 +1,195 @@
+"""Our passes over Inductor's graphs and schedules, in the forms that it takes.
+
+The rest of torch's private names is in ``torch_private``. Invariant: a user's passes
+run too, before ours, and a pass without a uuid keeps graphs out of compile caches.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import (
+    FunctionalTensorMode,
+    dispatch_functionalize,
+)
+from torch.fx import Graph, GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+GraphPass = Callable[[Graph], None]
+
+OWN_MEMORY = "ringcompile.own_memory"
+"""In the meta of a graph: no result lies in an operand or in another result."""
+
+
+def passes_of(patches: Mapping[str, object], name: str) -> list[Any]:
+    """The passes that a user has asked for under that name, here or globally."""
+    from torch._inductor import config  # noqa: PLC0415 - it takes seconds to import
+
+    asked: Any = patches.get(name, getattr(config, name))
+    if asked is None:
+        return []
+    return list(asked) if isinstance(asked, list | tuple) else [asked]
+
+
+def pass_uuid(some_pass: Callable[..., Any]) -> str:
+    """What compile caches know a pass by; empty if nothing."""
+    find_uuid = getattr(some_pass, "uuid", None)
+    uuid = find_uuid() if find_uuid is not None else None
+    return repr(uuid) if uuid else ""
+
+
+def mark_saved_pass(
+    op: OpOverload, uuid: str, others: Sequence[GraphPass] = ()
+) -> GraphPass:
+    """A pass over the joint graph: results of ``op`` are saved, never recomputed.
+
+    Args:
+        op: op with one tensor result.
+        uuid: what the compile cache knows the pass by; empty keeps graphs out of it.
+        others: the user's own passes, run first.
+    """
+    from torch._inductor.custom_graph_pass import CustomGraphPass  # noqa: PLC0415
+
+    class MarkSaved(CustomGraphPass):
+        def __call__(self, graph: Graph) -> None:
+            for other in others:
+                other(graph)
+            mark_saved(graph, op)
+
+        def uuid(self) -> str | None:
+            return uuid or None
+
+    return MarkSaved()
+
+
+def mark_saved(graph: Graph, op: OpOverload) -> None:
+    """Let the partitioner save every result of ``op``."""
+    for node in graph.find_nodes(op="call_function", target=op):
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def first_pass(
+    run: Callable[..., None], uuid: str, others: Sequence[Any] = ()
+) -> GraphPass:
+    """A pass over graphs of forward or backward, before Inductor's own.
+
+    Args:
+        run: what it does; ``can_call`` tells whether Inductor can call a graph from
+            another, which it can't where it writes C++ or makes CUDA graphs.
+        uuid: what the compile cache knows the pass by; empty keeps graphs out of it.
+        others: the user's own passes, run first.
+    """
+    from torch._inductor import config, custom_graph_pass  # noqa: PLC0415
+
+    # 2.11 has none.
+    aware: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)
+    base: Any = aware or custom_graph_pass.CustomGraphPass
+
+    class FirstPass(base):  # type: ignore[misc]
+        def __call__(self, graph: Graph, is_inference: bool = False) -> None:
+            for other in others:
+                if aware is not None and isinstance(other, aware):
+                    other(graph, is_inference)
+                else:
+                    other(graph)
+            run(graph, can_call=not (config.cpp_wrapper or config.triton.cudagraphs))
+
+        def uuid(self) -> str | None:
+            return uuid or None
+
+    made: GraphPass = FirstPass()
+    return made
+
+
+def trace_graph(
+    run: Callable[..., list[Tensor]], values: Sequence[Tensor]
+) -> GraphModule:
+    """What ``run`` does, as a graph that Inductor's passes over such have not seen.
+
+    Args:
+        run: computes tensors, without gradients.
+        values: what it is called with; fake tensors of one mode.
+    """
+    from torch._inductor.decomposition import select_decomp_table  # noqa: PLC0415
+    from torch._inductor.fx_passes.post_grad import view_to_reshape  # noqa: PLC0415
+
+    modes = [x.fake_mode for x in values if isinstance(x, FakeTensor)]
+    functional: Any = dispatch_functionalize(run, FunctionalTensorMode())
+    trace = make_fx(functional, decomposition_table=select_decomp_table())
+    with modes[0], torch.no_grad():
+        graph = trace(*values)
+    view_to_reshape(graph)
+    return graph
+
+
+def pass_over(graph: GraphModule) -> None:
+    """Do with a graph that is called what Inductor does with the one that calls it."""
+    from torch._inductor.compile_fx import (  # noqa: PLC0415
+        _recursive_post_grad_passes,
+    )
+
+    _recursive_post_grad_passes(graph)
+
+
+def order_pass(
+    communicates: Callable[[GraphModule], bool], uuid: str, others: Sequence[Any] = ()
+) -> Callable[[list[Any]], list[Any]]:
+    """A pass over schedules: called graphs that communicate stay in order.
+
+    Inductor itself keeps collectives in the order of the graph, as it must be the same
+    on all ranks, but does not look for them inside of called graphs.
+
+    Args:
+        communicates: whether a graph does.
+        uuid: what the compile cache knows the pass by; empty keeps graphs out of it.
+        others: the user's own passes, run first.
+    """
+    from torch._inductor import custom_graph_pass, dependencies, ir  # noqa: PLC0415
+    from torch._inductor.utils import contains_collective  # noqa: PLC0415
+
+    # In 2.11 they are one class.
+    base: Any = getattr(custom_graph_pass, "CustomSchedulerPass", None)
+    base = base or custom_graph_pass.CustomGraphPass
+
+    def is_call(node: Any) -> bool:  # noqa: ANN401 - Inductor's
+        if not isinstance(node.node, ir.InvokeSubgraph):
+            return False
+        call: Any = node.node
+        _require_own_memory(call)
+        return communicates(call.subgraph.graph_module)
+
+    class KeepOrder(base):  # type: ignore[misc]
+        def __call__(self, nodes: list[Any]) -> list[Any]:
+            for other in others:
+                nodes = other(nodes)
+            calls = {node for node in nodes if is_call(node)}
+            ordered = [n for n in nodes if n in calls or contains_collective(n)]
+            for first, second in pairwise(ordered):
+                if first in calls or second in calls:
+                    after = next(iter(second.get_buffer_names()))
+                    for name in first.get_buffer_names():
+                        second.add_fake_dep(
+                            dependencies.WeakDep(name, after, is_fake=True)
+                        )
+            return nodes
+
+        def uuid(self) -> str | None:
+            return uuid or None
+
+    made: Callable[[list[Any]], list[Any]] = KeepOrder()
+    return made
+
+
+def _require_own_memory(call: Any) -> None:  # noqa: ANN401 - Inductor's
+    """Refuse results that lie in an operand or in each other: they would be reused."""
+    if not call.subgraph.graph_module.meta.get(OWN_MEMORY):
+        return
+    graph = call.subgraph.graph
+    names = [x.get_name() for x in graph.graph_outputs]
+    assert len(set(names)) == len(names), "two results of a called graph are one"
+    assert graph.graph_inputs.keys().isdisjoint(names), "a result is an operand"

@@ -1,0 +1,287 @@
+"""Rings are written out, those that are alike are compiled once, and no bit changes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from support.ranks import RankPool
+from support.ring_cases import Case, plan_text
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.fx import Graph, GraphModule
+from torch.utils.checkpoint import checkpoint
+
+from ringcompile import ops
+from ringcompile.ir.layout import Layout
+from ringcompile.ir.text import rename_plan
+from ringcompile.lowering import inductor
+from ringcompile.lowering.expand import communicates, expand_rings
+from ringcompile.lowering.hops import Tag
+from ringcompile.torch_private import compile_with_inductor
+
+CAUSAL = Case("causal", "zigzag")
+INVOKE: Any = torch.ops.higher_order.invoke_subgraph
+
+
+@dataclass(slots=True)
+class Seen:
+    """Of the graphs that Inductor lowered, forward first.
+
+    Attributes:
+        ops_before: ring ops that were written out.
+        calls: names of called graphs.
+        hops: tags of the hops outside of those.
+        inside: tags of the hops of each called graph.
+        chained: calls, and how many of them wait for the communication before them.
+        results: out and gradients.
+    """
+
+    ops_before: list[int] = field(default_factory=list)
+    calls: list[list[str]] = field(default_factory=list)
+    hops: list[list[str]] = field(default_factory=list)
+    inside: list[list[str]] = field(default_factory=list)
+    chained: list[tuple[int, int]] = field(default_factory=list)
+    results: list[Tensor] = field(default_factory=list)
+
+    def expand(self, graph: Graph, *, can_call: bool) -> None:
+        before = len(find(graph, ops.RING_FORWARD) + find(graph, ops.RING_BACKWARD))
+        expand_rings(graph, can_call=can_call)
+        graph.lint()
+        if before == 0:  # a called graph, which Inductor's passes go over as well
+            self.inside.append(read_tags(graph))
+            return
+        self.ops_before.append(before)
+        self.calls.append([str(n.args[1]) for n in find(graph, INVOKE)])
+        self.hops.append(read_tags(graph))
+
+    def see_schedule(self, nodes: list[Any]) -> list[Any]:
+        calls = [n for n in nodes if type(n.node).__name__ == "InvokeSubgraph"]
+        weak = [
+            any(getattr(dep, "is_fake", False) for dep in n.unmet_dependencies)
+            for n in calls
+        ]
+        if calls:
+            self.chained.append((len(calls), sum(weak)))
+        return nodes
+
+
+def find(graph: Graph, op: Any) -> list[Any]:  # noqa: ANN401
+    return list(graph.find_nodes(op="call_function", target=op))
+
+
+def read_tags(graph: Graph) -> list[str]:
+    return [str(Tag.decode(n.args[5])) for n in find(graph, ops.HOP)]
+
+
+Model = Callable[..., Tensor]
+
+
+def stacked(plans: list[str]) -> Model:
+    """Rings one upon the other."""
+
+    def model(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for plan in plans:
+            out = ops.RING_ATTENTION(x.sin(), k.cos(), v.sin(), [], [], plan=plan)
+            x, k, v = x + out, k * 1.5, v + k
+        return x
+
+    return model
+
+
+def side_by_side(plans: list[str]) -> Model:
+    """Rings that need nothing of each other."""
+
+    def model(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        outs = [
+            ops.RING_ATTENTION(x * n, k.cos(), v * n, [], [], plan=plan)
+            for n, plan in enumerate(plans, 1)
+        ]
+        return torch.stack(outs).sum(0)
+
+    return model
+
+
+def with_one_kv(plans: list[str]) -> Model:
+    """Rings that read the same K and V."""
+
+    def model(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for plan in plans:
+            x = x + ops.RING_ATTENTION(x.sin(), k, v, [], [], plan=plan)
+        return x
+
+    return model
+
+
+def of_one_tensor(plans: list[str]) -> Model:
+    """Queries, keys and values are one tensor."""
+
+    def model(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for plan in plans:
+            x = x + ops.RING_ATTENTION(x, x, x, [], [], plan=plan)
+        return x + (k + v).sum()
+
+    return model
+
+
+def checkpointed(plans: list[str]) -> Model:
+    def model(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for plan in plans:
+            x = x + checkpoint(stacked([plan]), x, k, v, use_reentrant=False)
+        return x
+
+    return model
+
+
+def run_rings(
+    group: ProcessGroup,
+    rank: int,
+    build: Callable[[list[str]], Model],
+    cases: tuple[Case, ...],
+    patches: dict[str, Any],
+) -> Seen:
+    """Compile and run; without ``patches`` each op, unlike in Inductor, runs eagerly."""
+    seen, (first, *_) = Seen(), cases
+    plans = [
+        rename_plan(plan_text(c, group, rank, timeout_s=60.0), n, f"layers.{n}")
+        for n, c in enumerate(cases)
+    ]
+
+    def backend(gm: GraphModule, example: list[Tensor]) -> Callable[..., object]:
+        with patch.object(inductor, "expand_rings", seen.expand):
+            ours = inductor.inductor_patches(patches)
+        order: Any = ours["_pre_fusion_custom_pass"]
+        ours["_pre_fusion_custom_pass"] = lambda nodes: seen.see_schedule(order(nodes))
+        return compile_with_inductor(gm, example, ours)
+
+    at = torch.tensor(Layout(first.layout, group.size()).positions(rank, first.length))
+    *inputs, grad = (x[:, :, at] for x in first.tensors())
+    for x in inputs:
+        if first.any_length:
+            torch._dynamo.mark_dynamic(x, 2)
+        x.requires_grad_()
+    torch.compiler.reset()
+    out = torch.compile(build(plans), backend=backend, fullgraph=True)(*inputs)
+    out.backward(grad)
+    grads = [x.grad for x in inputs if x.grad is not None]
+    seen.results = [out.detach(), *grads]
+    return seen
+
+
+CALLED: dict[str, Any] = {}
+WRITTEN_OUT = {"cpp_wrapper": True}
+
+
+def run_eagerly(
+    group: ProcessGroup,
+    rank: int,
+    build: Callable[[list[str]], Model],
+    cases: tuple[Case, ...],
+) -> list[Tensor]:
+    """The same, not compiled."""
+    with patch.object(torch, "compile", lambda model, **_: model):
+        return run_rings(group, rank, build, cases, {}).results
+
+
+def check(
+    ranks: RankPool, build: Callable[[list[str]], Model], *cases: Case
+) -> list[Seen]:
+    """What was seen of calls; results are those of the ops run eagerly."""
+    seen = ranks.run(run_rings, build, cases, CALLED, world_size=2)
+    eager = ranks.run(run_eagerly, build, cases, world_size=2)
+    for found, wanted in zip(seen, eager, strict=True):
+        assert len(found.results) == 4
+        for got, want in zip(found.results, wanted, strict=True):
+            assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    return seen
+
+
+SHARED = "one of several attentions, "
+
+
+def test_rings_that_are_alike_are_one(ranks: RankPool) -> None:
+    for seen in check(ranks, stacked, CAUSAL, CAUSAL, CAUSAL):
+        assert seen.ops_before == [3, 3]
+        assert seen.calls == [["shared_ring_0"] * 3] * 2
+        assert seen.hops == [[], []]
+        assert seen.inside == [
+            [SHARED + "forward KV, step 1"],
+            [SHARED + "backward KV, step 1", SHARED + "backward dKV, step 1"],
+        ]
+
+
+def test_different_rings_are_not(ranks: RankPool) -> None:
+    window = replace(CAUSAL, mask="window")
+    for seen in check(ranks, stacked, CAUSAL, window, CAUSAL, window):
+        for calls in seen.calls:
+            assert sorted(calls) == ["shared_ring_0"] * 2 + ["shared_ring_1"] * 2
+
+
+def test_a_single_ring_is_written_out(ranks: RankPool) -> None:
+    for seen in check(ranks, stacked, CAUSAL):
+        assert seen.calls == [[], []]
+        assert seen.hops == [
+            ["attention 0, forward KV, step 1"],
+            ["attention 0, backward KV, step 1", "attention 0, backward dKV, step 1"],
+        ]
+
+
+@pytest.mark.parametrize("build", [with_one_kv, of_one_tensor])
+def test_operands_that_are_one_tensor(
+    ranks: RankPool, build: Callable[[list[str]], Model]
+) -> None:
+    for seen in check(ranks, build, CAUSAL, CAUSAL):
+        assert [len(calls) for calls in seen.calls] == [2, 2]
+
+
+@pytest.mark.slow
+def test_other_kernels_and_tables(ranks: RankPool) -> None:
+    math = replace(CAUSAL, heads=(4, 2, 8, 16), mask="all")
+    for seen in check(ranks, side_by_side, math, math):
+        assert [len(calls) for calls in seen.calls] == [2, 2]
+    dilated = Case("longnet", "contiguous")
+    for seen in check(ranks, stacked, dilated, dilated):
+        assert [len(calls) for calls in seen.calls] == [2, 2]
+
+
+def test_independent_rings_stay_in_order(ranks: RankPool) -> None:
+    for seen in check(ranks, side_by_side, CAUSAL, CAUSAL, CAUSAL):
+        assert [len(calls) for calls in seen.calls] == [3, 3]
+        assert seen.chained == [(3, 2), (3, 2)]
+
+
+def test_checkpointed_rings(ranks: RankPool) -> None:
+    for seen in check(ranks, checkpointed, CAUSAL, CAUSAL):
+        assert seen.ops_before == [2, 2]  # none runs again
+        assert [len(calls) for calls in seen.calls] == [2, 2]
+
+
+def test_where_inductor_calls_no_graph_each_is_written_out(ranks: RankPool) -> None:
+    """Tags are the same all the same: what ranks expect hangs on no setting."""
+    cases = (CAUSAL, CAUSAL)
+    called = ranks.run(run_rings, stacked, cases, CALLED, world_size=2)
+    written = ranks.run(run_rings, stacked, cases, WRITTEN_OUT, world_size=2)
+    for one, other in zip(called, written, strict=True):
+        assert other.calls == [[], []]
+        assert other.hops == [tags * 2 for tags in one.inside]
+        assert all(map(torch.equal, one.results, other.results))
+
+
+def test_any_length_is_written_out(ranks: RankPool) -> None:
+    case = replace(CAUSAL, any_length=True)
+    for seen in check(ranks, stacked, case, case):
+        assert seen.calls == [[], []]
+        assert [len(tags) for tags in seen.hops] == [2, 4]
+
+
+def test_a_called_graph_communicates() -> None:
+    body = Graph()
+    x = body.placeholder("x")
+    body.output(body.call_function(ops.HOP, ([x], [], 1, 1, [4], 0, "0", 9.0)))
+    outer = Graph()
+    child = outer.get_attr("body")
+    outer.output(outer.call_function(INVOKE, (child, "body", outer.placeholder("x"))))
+    assert communicates(GraphModule({"body": GraphModule({}, body)}, outer))
+    assert not communicates(GraphModule({}, Graph()))
