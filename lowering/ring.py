@@ -73,8 +73,6 @@ def ring_attention(  # noqa: PLR0913 - the op's schema
     device = q.device.type
     if torch.is_autocast_enabled(device):  # as torch's own attention is autocast
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
-    if read_plan(plan).schedule.cp_size > 1:  # one copy for all hops of both directions
-        k, v = k.contiguous(), v.contiguous()
     with torch.autocast(device, enabled=False):
         known, shares = choose_blocks(q, k, captures, plan=plan)
         out, lse = _Ring.apply(plan, shares, q, k, v, sinks, *biases, *known)  # type: ignore[no-untyped-call]
@@ -215,6 +213,7 @@ def attend_ring(  # noqa: PLR0913 - the op's schema
 ) -> list[Tensor]:
     """Forward of ``ops.RING_FORWARD``: out, lse and maybe each part's own out."""
     record, hops = read_plan(plan), _hops_of(plan)
+    k, v = k.contiguous(), v.contiguous()  # one copy for all hops
     own_outs: list[Tensor] = []
 
     def attend(part: PartProgram) -> Values:
@@ -230,8 +229,8 @@ def attend_ring(  # noqa: PLR0913 - the op's schema
     if sinks is not None:
         assert not own_outs, "detached weights say nothing of a sink's"
         out, lse = add_sinks(out, lse, sink_scores(sinks, level, lse))
-    found = [out.to(q.dtype), lse, *own_outs]
-    return [x.contiguous() for x in found]
+    own_outs = [own.contiguous() for own in own_outs]
+    return [_lay_by_token(out.to(q.dtype)), lse.contiguous(), *own_outs]
 
 
 def _attend_part(part: PartProgram, hops: Hops, q: Tensor, kv: Values) -> Values:
@@ -275,6 +274,7 @@ def find_ring_gradients(  # noqa: PLR0913, PLR0917 - the op's schema
 ) -> list[Tensor]:
     """Backward, ``ops.RING_BACKWARD``: the gradients that are needed."""
     record, hops = read_plan(plan), _hops_of(plan)
+    k, v = k.contiguous(), v.contiguous()
     lse = torch.where(lse == -torch.inf, torch.inf, lse)
     shard = _Shard(grad_out.contiguous(), q, k, v, lse)
     level = find_level(record, biases, captures, q.shape[2])
@@ -294,19 +294,23 @@ def find_ring_gradients(  # noqa: PLR0913, PLR0917 - the op's schema
         ),
     )
     found = [
-        grad.to(x.dtype)
+        _lay_by_token(grad.to(x.dtype))
         for grad, x, need in zip((dq, dk, dv), (q, k, v), needed, strict=False)
         if need
     ]
     if needed[3]:
         assert sinks is not None, "sinks that want a gradient"
         scores = sink_scores(sinks, level, lse)
-        found.append(sink_gradient(grad_out, outs[0], lse, scores).to(sinks.dtype))
+        d_sinks = sink_gradient(grad_out, outs[0], lse, scores)
+        found.append(d_sinks.to(sinks.dtype))
     learned = [x for x, need in zip(biases, needed[4:], strict=True) if need]
-    found += [total.to(x.dtype) for total, x in zip(d_biases, learned, strict=True)]
+    found += [
+        total.to(x.dtype).contiguous()
+        for total, x in zip(d_biases, learned, strict=True)
+    ]
     if of_blocks is not None:
-        found.append(of_blocks.total())
-    return [x.contiguous() for x in found]
+        found.append(of_blocks.total().contiguous())
+    return found
 
 
 def _part_gradients(
@@ -390,6 +394,11 @@ def _land_home(
             home.add(*tile.sends.place(tuple(map(tile.sends.unpack, dkv))))
 
 
+def _lay_by_token(x: Tensor) -> Tensor:
+    """``x``, the rows of a token's heads side by side, as torch's own kernels put it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def _zeros(xs: Values, rows: Size) -> Values:
     """That many rows of zeros for each of ``xs``, in the dtype of sums."""
     return tuple(
@@ -417,7 +426,8 @@ def _forward_shapes(
     *,
     plan: str,
 ) -> list[Tensor]:
-    out = q.new_empty((*q.shape[:3], v.shape[3]))
+    B, H, T, _ = q.shape
+    out = q.new_empty((B, T, H, v.shape[3])).transpose(1, 2)
     lse = q.new_empty(q.shape[:3], dtype=ops.accumulation_dtype(q.dtype))
     if not read_plan(plan).schedule.mixing.is_detached:
         return [out, lse]
@@ -443,12 +453,13 @@ def _backward_shapes(  # noqa: PLR0913 - the op's schema
     num_blocks: Size | None,
     plan: str,
 ) -> list[Tensor]:
-    of = [q, k, v, sinks, *biases]
     found = [
-        x.new_empty(x.shape)
-        for x, need in zip(of, needed, strict=True)
-        if need and x is not None
+        x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2)
+        for x, need in zip((q, k, v), needed, strict=False)
+        if need
     ]
+    others = zip((sinks, *biases), needed[3:], strict=True)
+    found += [x.new_empty(x.shape) for x, need in others if need and x is not None]
     if num_blocks is not None:
         found.append(lse.new_empty((*q.shape[:2], num_blocks, num_blocks)))
     return found
