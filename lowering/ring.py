@@ -395,7 +395,7 @@ def _land_home(
 
 
 def _lay_by_token(x: Tensor) -> Tensor:
-    """``x``, the rows of a token's heads side by side, as torch's own kernels put it."""
+    """``x``, a token's rows side by side, as torch's own kernels lay them."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
