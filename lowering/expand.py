@@ -91,13 +91,13 @@ def _trace(node: Node, *, is_shared: bool) -> GraphModule:
     if is_shared:
         plan = rename_plan(plan, SHARED, "several attentions")
 
-    def run(*values: Tensor) -> list[Tensor]:
+    def run(*values: Tensor) -> tuple[Tensor, ...]:
         left = iter(values)
         args, kwargs = map_arg(
             (node.args, dict(node.kwargs)),
             lambda _: next(left),
         )
-        return _LOOPS[node.target](*args, **(kwargs | {"plan": plan}))
+        return tuple(_LOOPS[node.target](*args, **(kwargs | {"plan": plan})))
 
     return trace_graph(run, [n.meta["val"] for n in _operands(node)])
 

@@ -107,7 +107,7 @@ def first_pass(
 
 
 def trace_graph(
-    run: Callable[..., list[Tensor]], values: Sequence[Tensor]
+    run: Callable[..., tuple[Tensor, ...]], values: Sequence[Tensor]
 ) -> GraphModule:
     """What ``run`` does, as a graph that Inductor's passes over such have not seen.
 
