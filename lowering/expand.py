@@ -2,10 +2,12 @@
 
 Until then a ring is one op in each, so no pass over the joint graph walks through it
 and none can move it or save what it fetches. Rings that say the same are traced once
-and, where Inductor can call a graph, compiled once. Invariant: which rings those are
-is told by plans and shapes alone, so all ranks tell alike.
+and, where Inductor can call a graph, compiled once. Invariant: the tags of hops are
+told by the plans of a graph alone, which are alike on all ranks; how their rings are
+compiled, strides and settings decide as well.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from operator import getitem
 from types import MappingProxyType
@@ -38,11 +40,16 @@ def expand_rings(graph: Graph, *, can_call: bool) -> None:
             of them is written out.
     """
     alike: dict[tuple[object, ...], list[Node]] = {}
+    counts: Counter[tuple[object, str]] = Counter()
     for op in _LOOPS:
         for node in graph.find_nodes(op="call_function", target=op):
             alike.setdefault(_describe(node), []).append(node)
+            counts[op, _plan_of_any(node)] += 1
     for nodes in alike.values():
-        body = _trace(nodes[0], is_shared=len(nodes) > 1)
+        plan = str(nodes[0].kwargs["plan"])
+        if counts[nodes[0].target, _plan_of_any(nodes[0])] > 1:
+            plan = rename_plan(plan, SHARED, "one of several attentions")
+        body = _trace(nodes[0], plan)
         if can_call and len(nodes) > 1 and _is_fixed(nodes[0]):
             _call(graph, nodes, body)
         else:
@@ -58,8 +65,12 @@ def communicates(module: GraphModule) -> bool:
 def _describe(node: Node) -> tuple[object, ...]:
     """Equal iff one graph does what both do; which attention it is does not count."""
     args, kwargs = map_arg((node.args, dict(node.kwargs)), _describe_value)
-    plan = rename_plan(str(node.kwargs["plan"]), SHARED, "")
-    return node.target, repr(args), repr(kwargs | {"plan": plan})
+    return node.target, repr(args), repr(kwargs | {"plan": _plan_of_any(node)})
+
+
+def _plan_of_any(node: Node) -> str:
+    """Its plan, whichever attention it is."""
+    return rename_plan(str(node.kwargs["plan"]), SHARED, "")
 
 
 def _describe_value(node: Node) -> str:
@@ -86,10 +97,8 @@ def _is_fixed(node: Node) -> bool:
     )
 
 
-def _trace(node: Node, *, is_shared: bool) -> GraphModule:
-    plan = str(node.kwargs["plan"])
-    if is_shared:
-        plan = rename_plan(plan, SHARED, "several attentions")
+def _trace(node: Node, plan: str) -> GraphModule:
+    """What a ring does under ``plan``, of what it reads."""
 
     def run(*values: Tensor) -> tuple[Tensor, ...]:
         left = iter(values)

@@ -1,8 +1,8 @@
 """Hops: the tags that name them, and their start and landing in the ring loop.
 
 A tag says which attention, phase and step a transfer belongs to. Invariants: no two
-hops of a graph share a tag (equal ones would be merged, and the KV that forward got be
-saved for backward), and all ranks emit the same list of tags.
+hops of one ring share a tag; rings whose plans are alike share theirs and run in order;
+and all ranks emit the same list of tags.
 """
 
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ class Tag:
     def encode(self) -> int:
         """The tag as the number that ops carry."""
         assert 0 <= self.step < _STEPS, f"step {self.step} has no tag"
-        assert 0 <= self.attention < _ATTENTIONS, f"attention {self.attention}: no tag"
+        assert 0 <= self.attention <= SHARED, f"attention {self.attention}: no tag"
         return (self.attention * _PHASES + self.phase) * _STEPS + self.step
 
     @classmethod

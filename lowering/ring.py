@@ -98,8 +98,8 @@ class _Ring(torch.autograd.Function):
         out, lse, *outs = ops.RING_FORWARD(
             q, k, v, captures, biases, sinks, plan=plan_text
         )
-        # Kept, the ring is not run again under checkpointing; and lse, which nothing in
-        # forward reads, would be, ring and all (FACTS.md 2.3).
+        # Were they not kept, checkpointing would run the ring again; for lse alone too,
+        # as nothing in forward reads it (FACTS.md 2.3).
         lse = keep(lse)
         outs = [keep(own) for own in outs]
         out = keep(out, [lse, *outs])

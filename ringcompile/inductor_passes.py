@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _DisableAutocast
+from torch._functorch.compile_utils import fx_graph_cse
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import (
@@ -121,14 +123,20 @@ def trace_graph(
     modes = [x.fake_mode for x in values if isinstance(x, FakeTensor)]
     functional: Any = dispatch_functionalize(run, FunctionalTensorMode())
     trace = make_fx(functional, decomposition_table=select_decomp_table())
-    with modes[0], torch.no_grad():
+    # Backward is traced inside of the user's call of it, autocast or not.
+    with modes[0], torch.no_grad(), _DisableAutocast():
         graph = trace(*values)
+    graph.graph = fx_graph_cse(graph.graph)
+    graph.recompile()
     view_to_reshape(graph)
     return graph
 
 
 def pass_over(graph: GraphModule) -> None:
-    """Do with a graph that is called what Inductor does with the one that calls it."""
+    """Do with a graph that is called what Inductor does with the one that calls it.
+
+    A user's passes run over it too, told that it is not for inference alone.
+    """
     from torch._inductor.compile_fx import (  # noqa: PLC0415
         _recursive_post_grad_passes,
     )
@@ -149,7 +157,7 @@ def order_pass(
         uuid: what the compile cache knows the pass by; empty keeps graphs out of it.
         others: the user's own passes, run first.
     """
-    from torch._inductor import custom_graph_pass, dependencies, ir  # noqa: PLC0415
+    from torch._inductor import custom_graph_pass, ir  # noqa: PLC0415
     from torch._inductor.utils import contains_collective  # noqa: PLC0415
 
     # In 2.11 they are one class.
@@ -160,7 +168,8 @@ def order_pass(
         if not isinstance(node.node, ir.InvokeSubgraph):
             return False
         call: Any = node.node
-        _require_own_memory(call)
+        if call.subgraph.graph_module.meta.get(OWN_MEMORY):
+            _guard_memory(call.subgraph.graph)
         return communicates(call.subgraph.graph_module)
 
     class KeepOrder(base):  # type: ignore[misc]
@@ -171,11 +180,9 @@ def order_pass(
             ordered = [n for n in nodes if n in calls or contains_collective(n)]
             for first, second in pairwise(ordered):
                 if first in calls or second in calls:
-                    after = next(iter(second.get_buffer_names()))
-                    for name in first.get_buffer_names():
-                        second.add_fake_dep(
-                            dependencies.WeakDep(name, after, is_fake=True)
-                        )
+                    _add_order(first, second)
+            if calls:
+                _spread_ancestors(nodes)
             return nodes
 
         def uuid(self) -> str | None:
@@ -185,11 +192,37 @@ def order_pass(
     return made
 
 
-def _require_own_memory(call: Any) -> None:  # noqa: ANN401 - Inductor's
-    """Refuse results that lie in an operand or in each other: they would be reused."""
-    if not call.subgraph.graph_module.meta.get(OWN_MEMORY):
-        return
-    graph = call.subgraph.graph
+def _add_order(first: Any, second: Any) -> None:  # noqa: ANN401 - Inductor's
+    from torch._inductor.dependencies import WeakDep  # noqa: PLC0415
+
+    after = next(iter(second.get_buffer_names()))
+    for name in first.get_buffer_names():
+        second.add_fake_dep(WeakDep(name, after, is_fake=True))
+
+
+def _spread_ancestors(nodes: Sequence[Any]) -> None:
+    """Let fusion know of dependencies that are new; it would make circles of them."""
+    for node in nodes:
+        scheduler = node.scheduler
+        for dep in node.unmet_dependencies:
+            if (buffer := scheduler.name_to_buf.get(dep.name)) is not None:
+                name = buffer.defining_op_name()
+                before = scheduler.name_to_fused_node[name].ancestors
+                node.ancestors |= {name} | before
+
+
+def _guard_memory(graph: Any) -> None:  # noqa: ANN401 - Inductor's
+    """See to it that a called graph writes nothing but what it gives.
+
+    Results that lie in an operand or in each other would be reused; and Inductor takes
+    operands for donated by the numbers of those of the graph that calls.
+    """
+    from torch._inductor import ir  # noqa: PLC0415
+
     names = [x.get_name() for x in graph.graph_outputs]
     assert len(set(names)) == len(names), "two results of a called graph are one"
     assert graph.graph_inputs.keys().isdisjoint(names), "a result is an operand"
+    operands = graph.graph_inputs_original
+    for name, x in operands.items():
+        if isinstance(x, ir.DonatedBuffer):
+            operands[name] = ir.InputBuffer(name=x.name, layout=x.layout)

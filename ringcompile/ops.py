@@ -22,7 +22,7 @@ LIBRARY = torch.library.Library("ringcompile", "DEF")
 #   ring_backward   its gradients, of `outs`, all or the parts' own: of q, k, v, sinks,
 #                   the biases and, where `num_blocks` says how many there are, of the
 #                   scores summed over blocks, as far as they are `needed`. Inductor
-#                   never sees these two: `lowering.expand` writes the ring out.
+#                   lowers neither: `lowering.expand` writes the ring out.
 #   shard ... scale_grad  reshards, with the transposes of DESIGN.md section 3. `spec`
 #                   is `ir.reshard.format_spec` of a `ReshardSpec`. The cut dim may be a
 #                   flattening [outer, length, inner]; pads copy the last position, or

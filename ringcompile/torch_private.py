@@ -1,4 +1,7 @@
-"""Every private API of torch that we use, for torch 2.11 and 2.13, in one place."""
+"""Private APIs of torch that we use, for torch 2.11 and 2.13.
+
+Those of Inductor's passes are in ``inductor_passes``; there are no others.
+"""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence

@@ -114,7 +114,8 @@ def attend(
         masking.buffers,
         scale=part.frame.plan.scale,
     )
-    return out.to(ops.accumulation_dtype(out.dtype)), lse * _LN_2
+    dtype = ops.accumulation_dtype(out.dtype)
+    return out.to(dtype), lse.to(dtype) * _LN_2
 
 
 def attend_backward(

@@ -52,6 +52,8 @@ class Seen:
         graph.lint()
         if before == 0:  # a called graph, which Inductor's passes go over as well
             self.inside.append(read_tags(graph))
+            calls = [repr((n.target, n.args, n.kwargs)) for n in graph.nodes]
+            assert len(set(calls)) == len(calls), "something is computed twice"
             return
         self.ops_before.append(before)
         self.calls.append([str(n.args[1]) for n in find(graph, INVOKE)])
@@ -59,6 +61,10 @@ class Seen:
 
     def see_schedule(self, nodes: list[Any]) -> list[Any]:
         calls = [n for n in nodes if type(n.node).__name__ == "InvokeSubgraph"]
+        for call in calls:
+            operands = call.node.subgraph.graph.graph_inputs_original.values()
+            kinds = {type(x).__name__ for x in operands}
+            assert "DonatedBuffer" not in kinds, "an operand may be written to"
         weak = [
             any(getattr(dep, "is_fake", False) for dep in n.unmet_dependencies)
             for n in calls
@@ -122,6 +128,20 @@ def of_one_tensor(plans: list[str]) -> Model:
         for plan in plans:
             x = x + ops.RING_ATTENTION(x, x, x, [], [], plan=plan)
         return x + (k + v).sum()
+
+    return model
+
+
+def feeding_both(plans: list[str]) -> Model:
+    """What goes into the first ring could be fused with what is made of the second's."""
+
+    def model(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first, second = plans
+        weight = torch.eye(x.shape[-1])
+        a = ops.RING_ATTENTION(x.sin(), k, v, [], [], plan=first)
+        b = ops.RING_ATTENTION(k.repeat_interleave(2, 1), k, v, [], [], plan=second)
+        total: Tensor = (x + b) @ weight + a @ weight
+        return total
 
     return model
 
@@ -250,6 +270,11 @@ def test_independent_rings_stay_in_order(ranks: RankPool) -> None:
     for seen in check(ranks, side_by_side, CAUSAL, CAUSAL, CAUSAL):
         assert [len(calls) for calls in seen.calls] == [3, 3]
         assert seen.chained == [(3, 2), (3, 2)]
+
+
+def test_fusion_makes_no_circle_of_rings_and_what_they_read(ranks: RankPool) -> None:
+    for seen in check(ranks, feeding_both, CAUSAL, CAUSAL):
+        assert sum(len(calls) for calls in seen.calls) > 0
 
 
 def test_checkpointed_rings(ranks: RankPool) -> None:
