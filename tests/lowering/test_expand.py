@@ -162,7 +162,7 @@ def run_rings(
     cases: tuple[Case, ...],
     patches: dict[str, Any],
 ) -> Seen:
-    """Compile and run; without ``patches`` each op, unlike in Inductor, runs eagerly."""
+    """Compile by Inductor, under the user's ``patches``, and run."""
     seen, (first, *_) = Seen(), cases
     plans = [
         rename_plan(plan_text(c, group, rank, timeout_s=60.0), n, f"layers.{n}")

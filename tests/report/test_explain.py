@@ -20,10 +20,10 @@ import ringcompile
 from ringcompile import OptionError, Report, explain
 from ringcompile.config import RingOptions
 from ringcompile.ir.layout import Layout
+from ringcompile.lowering import expand as ring_ops
 from ringcompile.lowering.hops import Phase, Tag
-from ringcompile.lowering.ring import attend_ring, find_ring_gradients
 from ringcompile.mesh import Ranks
-from ringcompile.ops import HOP, RING_BACKWARD, RING_FORWARD
+from ringcompile.ops import HOP
 from ringcompile.passes.pipeline import Rewritten, run_passes
 from ringcompile.patterns import LongNet
 from ringcompile.report.trial import bytes_of, run_trial
@@ -319,11 +319,7 @@ class _WrittenOut(TorchDispatchMode):
         args: Any = (),  # noqa: ANN401
         kwargs: Any = None,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        run: Callable[..., Any] = func
-        if func is RING_FORWARD:
-            run = attend_ring
-        elif func is RING_BACKWARD:
-            run = find_ring_gradients
+        run: Callable[..., Any] = ring_ops._LOOPS.get(func, func)
         return run(*args, **(kwargs or {}))
 
 
