@@ -41,65 +41,58 @@ def fill_empty_rows(
     """
     if lse is not None:
         is_empty = (lse == -torch.inf)[..., None]
-        out = _fill_empty(out, is_empty, qkv, plan)
-        if _passes_scores(plan) and plan.changes_scores:
-            out = _Unknown.apply(out, is_empty, *qkv[:2], *biases)  # type: ignore[no-untyped-call]
+        out = _fill_empty(out, is_empty, qkv, biases, plan)
     return _fill_pads(out, qkv[2], plan)
 
 
 def _fill_empty(
-    out: Tensor, is_empty: Tensor, qkv: tuple[Tensor, Tensor, Tensor], plan: RankPlan
+    out: Tensor,
+    is_empty: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    biases: Sequence[Tensor],
+    plan: RankPlan,
 ) -> Tensor:
     mask = plan.schedule.parts[0].mask
     if mask.empty_row is EmptyRow.ZERO:
         return out
     if mask.empty_row is EmptyRow.NAN:
         return torch.where(is_empty, torch.nan, out)
-    passes_scores = _passes_scores(plan) and not plan.changes_scores
-    mean = _mean_of_all(*qkv, plan, passes_scores=passes_scores)
+    passes_scores = mask.empty_row is EmptyRow.MEAN_ALL
+    mean = _mean_of_all(*qkv, biases, plan, passes_scores=passes_scores)
     return torch.where(is_empty, mean.to(out.dtype), out)
 
 
-def _passes_scores(plan: RankPlan) -> bool:
-    """Whether the scores of rows without a key have a gradient."""
-    return plan.schedule.parts[0].mask.empty_row is EmptyRow.MEAN_ALL
-
-
 class _Unknown(torch.autograd.Function):
-    """The output, where rows without a key pass no gradient on to what changes scores.
+    """Scores of rows without a key, where a bias or a softcap changes scores.
 
-    It would take all keys and values on each rank: the moment that ``_mean_of_all``
-    sums up serves products alone. Mostly there is none to pass on, as nothing reads
-    what such a row gives; where there is, all of q, k and biases get NaN.
+    Their gradient would take all keys and values on each rank: the moment that
+    ``_mean_of_all`` sums up serves products alone. Mostly there is none to pass on, as
+    nothing reads what such a row gives; where there is, this rank's q, the keys of all
+    ranks (by the moment) and the biases get NaN.
     """
 
     @staticmethod
     def forward(
         ctx: Any,  # noqa: ANN401 - autograd's
-        out: Tensor,
-        is_empty: Tensor,
-        *scored: Tensor,
+        scored: Tensor,
+        *biases: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(is_empty)
-        ctx.like = [(x.shape, x.dtype) for x in scored]
-        return out.clone()
+        ctx.like = [(x.shape, x.dtype) for x in (scored, *biases)]
+        return scored.clone()
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any,  # noqa: ANN401 - autograd's
-        grad_out: Tensor,
+        grad: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        (is_empty,) = ctx.saved_tensors
-        is_read = (is_empty & (grad_out != 0)).any()
-        unknown = torch.where(is_read, torch.nan, 0.0)
-        grads = (
+        unknown = torch.where((grad != 0).any(), torch.nan, 0.0)
+        return tuple(
             unknown.to(dtype).expand(shape) if needed else None
             for needed, (shape, dtype) in zip(
-                ctx.needs_input_grad[2:], ctx.like, strict=True
+                ctx.needs_input_grad, ctx.like, strict=True
             )
         )
-        return grad_out, None, *grads
 
 
 def _fill_pads(out: Tensor, v: Tensor, plan: RankPlan) -> Tensor:
@@ -127,7 +120,13 @@ def _is_real(x: Tensor, plan: RankPlan, side: Side) -> Tensor:
 
 
 def _mean_of_all(
-    q: Tensor, k: Tensor, v: Tensor, plan: RankPlan, *, passes_scores: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    biases: Sequence[Tensor],
+    plan: RankPlan,
+    *,
+    passes_scores: bool,
 ) -> Tensor:
     """Softmax over scores that are all ``finfo.min``: uniform over all S keys.
 
@@ -159,4 +158,6 @@ def _mean_of_all(
     (moment,) = spread([reduce_partial(k.mT @ spans, spec=spec)], spec=spec)
     shared = q.shape[1] // k.shape[1]
     x = plan.scale * (q @ moment.repeat_interleave(shared, 1))
+    if plan.changes_scores:
+        x = _Unknown.apply(x, *biases)  # type: ignore[no-untyped-call]
     return mean.repeat_interleave(shared, 1) + (x - x.detach()) / length

@@ -204,7 +204,7 @@ def test_rows_without_a_key_under_an_added_mask(ranks: RankPool) -> None:
     base = Case("padding", "zigzag", 37, empty=EmptyRow.MEAN_ALL)
     case = ScoreCase(base, ("relative", "dense"), 1.5)
     check(ranks, 2, [case, replace(case, base=replace(base, compile="expanded"))])
-    read = replace(case, reads_empty=True)
+    read = replace(case, base=replace(base, layout="contiguous"), reads_empty=True)
     names = dict(zip(case.names, range(len(case.names)), strict=True))
     want = read.expected()
     results = ranks.run(run_score_case, read, world_size=2)
@@ -212,7 +212,10 @@ def test_rows_without_a_key_under_an_added_mask(ranks: RankPool) -> None:
     for name in ("out", "dv"):  # d_v is that of a mean
         assert (got[names[name]].double() - want[names[name]]).abs().max() < 1e-5
     for name in ("dq", "dk", "d_relative", "d_dense"):
-        assert got[names[name]].isnan().any()
+        x, true = got[names[name]].double(), want[names[name]]
+        assert x.isnan().any()
+        known = torch.where(x.isnan(), true, x)
+        assert (known - true).abs().max() < 1e-5 * true.abs().max(), name
 
 
 def test_compiled_by_inductor(ranks: RankPool) -> None:

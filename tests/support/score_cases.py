@@ -205,6 +205,8 @@ class ScoreCase:
             scores = scores + (
                 x[:, :, 0, at - at[:, None] + S - 1] if kind.is_relative else x
             )
+        # What finfo.min, when added, makes of scores: alike all, yet with gradients.
+        level = (scores - scores.detach()).softmax(-1)
         counts = self._counts()
         hidden = (counts == 0) | (scores.detach() == -torch.inf)
         is_empty = hidden.all(-1, keepdim=True)
@@ -215,7 +217,8 @@ class ScoreCase:
             scores = torch.cat([scores, last], -1)
         weights = scores.softmax(-1)[..., :S] * ~is_empty
         if self.base.empty is not EmptyRow.ZERO and sinks is None:
-            weights = torch.where(is_empty, 1 / S, weights)
+            is_added = self.base.empty is EmptyRow.MEAN_ALL
+            weights = torch.where(is_empty, level if is_added else 1 / S, weights)
         if self.dropout:
             where = [
                 torch.arange(size).view([-1 if d == dim else 1 for d in range(4)])

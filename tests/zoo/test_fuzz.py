@@ -3,18 +3,23 @@
 ``python tests/print_fuzz.py --count 20000`` runs larger ones by hand.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from support.compiling import compile_ring
 from support.fuzz_checks import Verdict, check_program, compare
 from support.fuzz_models import write_program
-from support.fuzz_program import run_program
+from support.fuzz_program import Input, Line, Program, Ref, run_program
 from support.fuzz_shrink import shrink
 from support.ranks import RankPool
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.distributed import ProcessGroup
 from torch.fx import Node
 
+from ringcompile.config import RingOptions
 from ringcompile.errors import RingCompileError
 from ringcompile.passes.collectors import _COLLECTORS
 from ringcompile.passes.collectors.sums import _Sum
@@ -95,3 +100,28 @@ def test_the_fuzzer_finds_a_planted_fault(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(_COLLECTORS, torch.ops.aten.mean, (_Twice(),))
     programs = (write_program(seed, is_small=True) for seed in range(100))
     assert any(check_program(p).verdict is Verdict.WRONG for p in programs)
+
+
+def _write_tie(dtype: torch.dtype) -> Program:
+    """An argmax, whose last row is over numbers that are 0 but for rounding."""
+    x = torch.randn(16, 8, 4, generator=torch.Generator().manual_seed(0)).double()
+    x0 = Ref("x0")
+    calls: list[tuple[Callable[..., Any] | str, tuple[Any, ...]]] = [
+        (F.scaled_dot_product_attention, (x0, x0, x0)),
+        (torch.mean, (Ref("v0"), 1, True)),
+        (torch.sub, (Ref("v0"), Ref("v1"))),
+        (torch.cumsum, (Ref("v2"), 1)),
+        (torch.argmax, (Ref("v3"), -1)),
+    ]
+    lines = tuple(Line(f"v{i}", f, args, {}) for i, (f, args) in enumerate(calls))
+    return Program((Input("x0", x),), lines, ("v4",), 2, RingOptions(), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_tie_is_rounding_and_a_fault_beside_it_is_not(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    program = _write_tie(dtype)
+    assert check_program(program).verdict is Verdict.ROUNDING
+    monkeypatch.setitem(_COLLECTORS, torch.ops.aten.mean, (_Twice(),))
+    assert check_program(program).verdict is Verdict.WRONG
