@@ -181,6 +181,8 @@ def _read_sdpa(reader: Reader, op: Op) -> Parts:
     """Read every argument; a query with only -inf scores gives 0 (by experiment)."""
     q, k, v = (op.args[name] for name in ("query", "key", "value"))
     dropout = check_dropout(float(read_scalar(op.args["dropout_p"])))
+    if op.args["enable_gqa"]:
+        _settle_heads(q, k)
     lead = shape_of(op.node)[:-2]
     heads = 1
     if len(lead) == 1:
@@ -197,6 +199,13 @@ def _read_sdpa(reader: Reader, op: Op) -> Parts:
     operands = find_operands(reader, rows, grid, place.dtype, is_cast=True)
     shape = (grid.batch, grid.heads, lengths[0], lengths[1])
     return Parts(op.node, shape, *operands, score, EmptyRow.ZERO, dropout)
+
+
+def _settle_heads(q: Node, k: Node) -> None:
+    """Guard numbers of heads: how many share one must be known, as eager knows it."""
+    for x in (q, k):
+        for size in shape_of(x)[1:-2]:
+            int(size)
 
 
 def _read_lead(op: Op, node: Node, grid: Grid) -> list[Expr]:

@@ -10,6 +10,8 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Node
 from torch.fx.node import Argument, map_arg
 
+from ringcompile.torch_private import settle_size
+
 
 @dataclass(frozen=True, slots=True)
 class Op:
@@ -116,7 +118,8 @@ def is_tensor(node: Node) -> bool:
 def shape_of(node: Node) -> torch.Size:
     """Global shape of the node's value (of its first tensor, if it has several)."""
     value = node.meta["val"]
-    return value.shape if isinstance(value, Tensor) else value[0].shape
+    shape = value.shape if isinstance(value, Tensor) else value[0].shape
+    return torch.Size(map(settle_size, shape))
 
 
 def is_complex(node: Node) -> bool:

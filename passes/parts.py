@@ -8,7 +8,6 @@ from ringcompile.ir.mask import EmptyRow
 from ringcompile.passes.read_score import Score
 from ringcompile.passes.regions import Operand
 from ringcompile.passes.symbolic import Size
-from ringcompile.torch_private import sizes_equal
 
 
 class Refused(Exception):  # noqa: N818
@@ -67,8 +66,8 @@ def check_dropout(rate: float) -> float:
 
 
 def check_lengths(q_length: Size, k_length: Size, v_length: Size) -> None:
-    """Refuse lengths that no ring has."""
-    if not sizes_equal(k_length, v_length):
+    """Refuse lengths that no ring has; guard that K's is V's, as eager demands."""
+    if k_length != v_length:
         raise Refused(
             f"attention over {k_length} keys with {v_length} values",
             because="each key has one value",

@@ -196,7 +196,7 @@ def _find_lengths(
     if options.inputs == "replicated" or ranks.is_alone:
         return None
     local = Rewritten(trace_shadow(gm, example_inputs))
-    return find_lengths(_find_regions(local), ranks.size)
+    return find_lengths(_find_regions(local), local.refusals, ranks.size)
 
 
 def _require_whole_chunks(axes: Sequence[AxisLayout], lengths: Lengths | None) -> None:

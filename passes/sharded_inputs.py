@@ -15,7 +15,7 @@ from torch import SymInt, Tensor
 from torch.fx import Node
 
 from ringcompile.errors import ShardingError
-from ringcompile.passes.regions import Region
+from ringcompile.passes.regions import Refusal, Region
 from ringcompile.torch_private import size_expression
 
 LOCAL = "local_val"
@@ -89,11 +89,14 @@ class Lengths:
         return value.new_empty(shape).requires_grad_(value.requires_grad)
 
 
-def find_lengths(regions: Iterable[Region], cp_size: int) -> Lengths:
+def find_lengths(
+    regions: Iterable[Region], refusals: Sequence[Refusal], cp_size: int
+) -> Lengths:
     """Read the local lengths off the attentions of a graph of shards.
 
     Args:
         regions: its attentions.
+        refusals: those that can't be cut.
         cp_size: number of ranks P.
 
     Raises:
@@ -101,12 +104,17 @@ def find_lengths(regions: Iterable[Region], cp_size: int) -> Lengths:
     """
     symbols = frozenset(_read_lengths(regions))
     if not symbols:
-        raise no_attention()
+        raise no_attention(refusals)
     return Lengths(symbols, cp_size)
 
 
-def no_attention() -> ShardingError:
-    """Why a graph of shards needs a ring."""
+def no_attention(refusals: Sequence[Refusal] = ()) -> ShardingError:
+    """Why a graph of shards needs a ring; ``refusals``: what can't be one."""
+    if refusals:
+        first = refusals[0]
+        return ShardingError(
+            first.what, at=first.where, because=first.because, instead=first.instead
+        )
     return ShardingError(
         "a graph without an attention that can be cut",
         at="the whole graph",

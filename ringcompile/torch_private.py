@@ -160,6 +160,13 @@ def sizes_equal(a: int | SymInt, b: int | SymInt) -> bool:
     return bool(statically_known_true(a == b))
 
 
+def settle_size(size: int | SymInt) -> int | SymInt:
+    """A size as a number, where a guard has made it one."""
+    if isinstance(size, int) or not size.node.expr.is_number:
+        return size
+    return int(size)
+
+
 def size_expression(size: int | SymInt) -> sympy.Expr:
     """A size as a sympy expression of the graph's size symbols."""
     return sympy.Integer(size) if isinstance(size, int) else size.node.expr

@@ -229,6 +229,38 @@ def test_two_sequences_on_shards(ranks: RankPool) -> None:
     ranks.run(check_cross, world_size=2)
 
 
+def attend_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def check_heads(group: ProcessGroup, rank: int) -> None:
+    """Q, K and V are inputs, and their numbers of heads are symbols as well."""
+    options = {"inputs": "sharded", "layout": "zigzag"}
+    call, record = compile_ring(
+        attend_heads, group, compiler="aot_eager", options=options, dynamic=True
+    )
+    generator = torch.Generator().manual_seed(0)
+    for length in (8, 24):
+        whole = [torch.randn(2, n, length, 8, generator=generator) for n in (6, 3, 3)]
+        own = [ringcompile.shard(x, 2, group, layout="zigzag").clone() for x in whole]
+        mine = [x.requires_grad_() for x in own]
+        wide = [x.double().requires_grad_() for x in whole]
+        want, got = attend_heads(*wide), call(*mine)
+        assert_output_equal(got, ringcompile.shard(want, 2, group, layout="zigzag"))
+        want.square().sum().backward()
+        got.square().sum().backward()
+        for x, true in zip(mine, wide, strict=True):
+            assert x.grad is not None
+            assert true.grad is not None
+            shard = ringcompile.shard(true.grad, 2, group, layout="zigzag")
+            assert_output_equal(x.grad, shard)
+    assert record.num_graphs == len(record.rings) == 1
+
+
+def test_grouped_heads_that_are_symbols(ranks: RankPool) -> None:
+    ranks.run(check_heads, world_size=2)
+
+
 # ---- refused -------------------------------------------------------------------------
 
 
@@ -267,7 +299,7 @@ REFUSED: list[tuple[Callable[..., Tensor], list[tuple[int, ...]], bool, str]] = 
     (attend, [(2, 6, WIDTH), (6, 6)], True, "a mask over all pairs"),
     (attend, [(6, 6, WIDTH)], True, "one dim holds the rank's rows"),
     (no_attention, [(2, 6, WIDTH)], True, "without an attention"),
-    (fully_refused, [(2, 6, WIDTH)], True, "without an attention"),
+    (fully_refused, [(2, 6, WIDTH)], True, "weights are also used by"),
     (own_function, [(2, 6, WIDTH)], True, "a graph with"),
     (attend, [(2, 7, WIDTH)], True, "pad the sequence before ringcompile.shard"),
 ]

@@ -1,0 +1,247 @@
+"""Causal attention over a sequence that is cut across GPUs, beside its peers.
+
+    torchrun --nproc-per-node 2 benchmarks/attention.py --json attention.json
+    torchrun --nproc-per-node 2 benchmarks/attention.py --device cpu --tokens 256
+
+Useful TFLOP/s per GPU of forward and backward, bfloat16, B = 1, D = 128, random data,
+medians of ``--rounds``, the slowest rank's; ``E`` divides them by those of one GPU's own
+cuDNN kernel at 32k causal in the same run. A peer that does not run gives its error.
+Rows that the file has already are not measured again.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
+from torch.distributed.tensor.experimental._attention import set_rotate_method
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import ringcompile  # noqa: F401 - the backend, in a checkout that is not installed
+
+D = 128
+ONE_GPU_TOKENS = 32768
+ONE_GPU = "one GPU"
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What is measured.
+
+    Attributes:
+        heads: of q.
+        kv_heads: of k and v.
+        tokens: per rank.
+        num_ranks: ranks that share the sequence.
+    """
+
+    heads: int
+    kv_heads: int
+    tokens: int
+    num_ranks: int
+
+    @property
+    def tflop(self) -> float:
+        """Useful work of one rank's forward: half of all pairs, two products."""
+        total = self.tokens * self.num_ranks
+        return 4 * total**2 / 2 * self.heads * D / self.num_ranks / 1e12
+
+    def __str__(self) -> str:
+        return f"{self.heads}:{self.kv_heads} heads, {self.tokens} tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Forward, and the tensors that have gradients."""
+
+    forward: Callable[[], Tensor]
+    inputs: list[Tensor]
+
+
+Peer = Callable[[Sizes, DeviceMesh], "contextmanager[Call]"]
+
+
+def _random(sizes: Sizes, mesh: DeviceMesh, tokens: int) -> list[Tensor]:
+    """q, k and v of that many tokens."""
+    on_gpu = mesh.device_type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    generator = torch.Generator(mesh.device_type).manual_seed(0)
+    return [
+        torch.randn(
+            *(1, n, tokens, D),
+            generator=generator,
+            device=mesh.device_type,
+            dtype=dtype,
+        )
+        for n in (sizes.heads, sizes.kv_heads, sizes.kv_heads)
+    ]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+@contextmanager
+def _one_gpu(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Call]:
+    inputs = [x.requires_grad_() for x in _random(sizes, mesh, sizes.tokens)]
+    with _cudnn(mesh):
+        yield Call(lambda: _attend(*inputs), inputs)
+
+
+def _ring(**options: object) -> Peer:
+    @contextmanager
+    def enter(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Call]:
+        torch.compiler.reset()
+        inputs = [x.requires_grad_() for x in _random(sizes, mesh, sizes.tokens)]
+        given = {"inputs": "sharded", "layout": "zigzag", **options}
+        compiled = torch.compile(_attend, backend="ring", dynamic=True, options=given)
+        yield Call(lambda: compiled(*inputs), inputs)
+
+    return enter
+
+
+def _context_parallel(rotate: str) -> Peer:
+    @contextmanager
+    def enter(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Call]:
+        inputs = _random(sizes, mesh, sizes.tokens * sizes.num_ranks)
+        set_rotate_method(rotate)
+        with ExitStack() as stack:
+            stack.enter_context(
+                context_parallel(mesh, buffers=inputs, buffer_seq_dims=[2] * 3)
+            )
+            stack.enter_context(_cudnn(mesh))
+            stack.callback(lambda: [x.requires_grad_(False) for x in inputs])
+            for x in inputs:
+                x.requires_grad_()
+            yield Call(lambda: _attend(*inputs), inputs)
+
+    return enter
+
+
+def _cudnn(mesh: DeviceMesh) -> Any:  # noqa: ANN401 - torch's context
+    on_gpu = mesh.device_type == "cuda"
+    return sdpa_kernel(
+        SDPBackend.CUDNN_ATTENTION if on_gpu else SDPBackend.FLASH_ATTENTION
+    )
+
+
+PEERS: dict[str, Peer] = {
+    "ring": _ring(),
+    "torch CP, all-to-all": _context_parallel("alltoall"),
+    "torch CP, all-gather": _context_parallel("allgather"),
+}
+
+
+def _measure(peer: Peer, sizes: Sizes, mesh: DeviceMesh, rounds: int) -> dict[str, Any]:
+    """Milliseconds of forward and of backward: medians, and the useful TFLOP/s."""
+    with peer(sizes, mesh) as call:
+        grad = torch.randn_like(call.forward().detach())
+        forward, backward = [], []
+        for number in range(-3, rounds):
+            start = _now(mesh)
+            out = call.forward()
+            middle = _now(mesh)
+            torch.autograd.grad(out, call.inputs, grad)
+            stop = _now(mesh)
+            if number >= 0:
+                forward.append(middle - start)
+                backward.append(stop - middle)
+    times = torch.tensor([median(forward), median(backward)], device=mesh.device_type)
+    dist.all_reduce(times, dist.ReduceOp.MAX)
+    fwd, bwd = times.tolist()
+    return {
+        "forward_ms": 1e3 * fwd,
+        "backward_ms": 1e3 * bwd,
+        "forward": sizes.tflop / fwd,
+        "backward": 2.5 * sizes.tflop / bwd,
+        "both": 3.5 * sizes.tflop / (fwd + bwd),
+    }
+
+
+def _now(mesh: DeviceMesh) -> float:
+    """Seconds, once all ranks are here and idle."""
+    if mesh.device_type == "cuda":
+        torch.cuda.synchronize()
+    dist.barrier()
+    if mesh.device_type == "cuda":
+        torch.cuda.synchronize()
+    return perf_counter()
+
+
+def main() -> None:
+    """Measure all rows that the file has not, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--heads", nargs="+", default=["32:8", "32:32"])
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, default=[4096, 8192, 16384, 32768]
+    )
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    mesh = init_device_mesh(args.device, (int(os.environ["WORLD_SIZE"]),))
+    rows: dict[str, dict[str, Any]] = {}
+    if args.json and args.json.exists():
+        rows = json.loads(args.json.read_text())
+    for text in args.heads:
+        heads, kv_heads = map(int, text.split(":"))
+        tokens = ONE_GPU_TOKENS if args.device == "cuda" else args.tokens[0]
+        cases = [(ONE_GPU, _one_gpu, Sizes(heads, kv_heads, tokens, 1))]
+        cases += [
+            (name, PEERS[name], Sizes(heads, kv_heads, n, mesh.size()))
+            for n in args.tokens
+            for name in args.peers
+        ]
+        for name, peer, sizes in cases:
+            key = f"{name}, {sizes}"
+            if key not in rows:
+                rows[key] = _try(peer, sizes, mesh, args.rounds)
+                _save(args.json, rows)
+            one = rows[f"{ONE_GPU}, {heads}:{kv_heads} heads, {tokens} tokens"]
+            _say(key, rows[key], one["both"])
+    dist.destroy_process_group()
+
+
+def _try(peer: Peer, sizes: Sizes, mesh: DeviceMesh, rounds: int) -> dict[str, Any]:
+    try:
+        return _measure(peer, sizes, mesh, rounds)
+    except Exception as error:  # noqa: BLE001 - a peer's own
+        return {"error": f"{type(error).__name__}: {error}"[:3000]}
+
+
+def _save(path: Path | None, rows: dict[str, dict[str, Any]]) -> None:
+    if path and dist.get_rank() == 0:
+        path.write_text(json.dumps(rows, indent=1))
+
+
+def _say(key: str, row: dict[str, Any], one: float) -> None:
+    if dist.get_rank():
+        return
+    if "error" in row:
+        print(f"{key:50} {row['error']}", flush=True)
+        return
+    print(
+        f"{key:50} {row['forward_ms']:9.3f} {row['backward_ms']:9.3f} ms"
+        f" {row['forward']:6.1f} {row['backward']:6.1f} {row['both']:6.1f} TFLOP/s"
+        f"  E {row['both'] / one:.3f}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
