@@ -160,9 +160,9 @@ def sizes_equal(a: int | SymInt, b: int | SymInt) -> bool:
     return bool(statically_known_true(a == b))
 
 
-def settle_size(size: int | SymInt) -> int | SymInt:
-    """A size as a number, where a guard has made it one."""
-    if isinstance(size, int) or not size.node.expr.is_number:
+def settle_size(size: int) -> int:
+    """A size as ``torch.Size`` has it, which is a number where a guard made it one."""
+    if not isinstance(size, SymInt) or not size.node.expr.is_number:
         return size
     return int(size)
 
