@@ -160,10 +160,10 @@ def sizes_equal(a: int | SymInt, b: int | SymInt) -> bool:
     return bool(statically_known_true(a == b))
 
 
-def settle_size(size: int) -> int:
+def settle_size(size: int | SymInt) -> int:
     """A size as ``torch.Size`` has it, which is a number where a guard made it one."""
-    if not isinstance(size, SymInt) or not size.node.expr.is_number:
-        return size
+    if isinstance(size, SymInt) and not size.node.expr.is_number:
+        return size  # type: ignore[return-value]  # a symbol passes for a number there
     return int(size)
 
 
