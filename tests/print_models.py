@@ -22,7 +22,7 @@ from support.zoo_modules import is_installed
 from support.zoo_runs import Cell, Result, find_cause, find_surprises, run_cell
 
 HEAD = (
-    f"{'model':34}{'attention':10}{'ring':>5}{'gathered':>9}{'other':>6}"
+    f"{'model':40}{'attention':10}{'ring':>5}{'gathered':>9}{'other':>6}"
     f"{'outputs':>9}{'gradients':>10}"
 )
 
@@ -44,7 +44,7 @@ class Line:
 
 def measure(ranks: RankPool, cell: Cell) -> Line:
     """Run one cell."""
-    head = f"{cell.name:34}{cell.attention:10}"
+    head = f"{cell.name:40}{cell.attention:10}"
     try:
         results = ranks.run(run_cell, cell, world_size=cell.cp_size)
     except RankError as error:
