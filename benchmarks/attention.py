@@ -6,14 +6,15 @@
 Useful TFLOP/s per GPU of forward and backward, bfloat16, B = 1, D = 128, random data,
 medians of ``--rounds`` of four calls in a row, the slowest rank's; ``E`` divides them
 by those of one GPU's own cuDNN kernel at 32k causal in the same run. A peer that does
-not run gives its error. Rows that the file has already are not measured again.
+not run gives its error. Rows that the file has already are not measured again, and
+keep the E of their own run.
 """
 
 import argparse
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -33,7 +34,6 @@ import ringcompile  # noqa: F401 - the backend, in a checkout that is not instal
 
 D = 128
 ONE_GPU_TOKENS = 32768
-ONE_GPU = "one GPU"
 _IN_A_ROW = 4
 
 
@@ -60,7 +60,10 @@ class Sizes:
         return 4 * total**2 / 2 * self.heads * D / self.num_ranks / 1e12
 
     def __str__(self) -> str:
-        return f"{self.heads}:{self.kv_heads} heads, {self.tokens} tokens"
+        return (
+            f"{self.heads}:{self.kv_heads} heads, {self.tokens} tokens"
+            f" x {self.num_ranks}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ class Call:
     inputs: list[Tensor]
 
 
-Peer = Callable[[Sizes, DeviceMesh], "contextmanager[Call]"]
+Peer = Callable[[Sizes, DeviceMesh], AbstractContextManager[Call]]
 
 
 def _random(sizes: Sizes, mesh: DeviceMesh, tokens: int) -> list[Tensor]:
@@ -145,17 +148,18 @@ PEERS: dict[str, Peer] = {
 }
 
 
-def _measure(peer: Peer, sizes: Sizes, mesh: DeviceMesh, rounds: int) -> dict[str, Any]:
+def _measure(
+    call: Call, grad: Tensor, sizes: Sizes, mesh: DeviceMesh, rounds: int
+) -> dict[str, Any]:
     """Milliseconds of forward and of both, medians, and the useful TFLOP/s."""
-    with peer(sizes, mesh) as call:
-        grad = torch.randn_like(call.forward().detach())
 
-        def step() -> None:
-            torch.autograd.grad(call.forward(), call.inputs, grad)
+    def step() -> None:
+        torch.autograd.grad(call.forward(), call.inputs, grad)
 
-        fwd = _time(call.forward, mesh, rounds)
-        both = _time(step, mesh, rounds)
-    times = torch.tensor([fwd, both], device=mesh.device_type)
+    times = torch.tensor(
+        [_time(call.forward, mesh, rounds), _time(step, mesh, rounds)],
+        device=mesh.device_type,
+    )
     dist.all_reduce(times, dist.ReduceOp.MAX)
     fwd, both = times.tolist()
     return {
@@ -208,27 +212,42 @@ def main() -> None:
     for text in args.heads:
         heads, kv_heads = map(int, text.split(":"))
         tokens = ONE_GPU_TOKENS if args.device == "cuda" else args.tokens[0]
-        cases = [(ONE_GPU, _one_gpu, Sizes(heads, kv_heads, tokens, 1))]
-        cases += [
-            (name, PEERS[name], Sizes(heads, kv_heads, n, mesh.size()))
+        alone = Sizes(heads, kv_heads, tokens, 1)
+        cases = [
+            (name, Sizes(heads, kv_heads, n, mesh.size()))
             for n in args.tokens
             for name in args.peers
         ]
-        for name, peer, sizes in cases:
-            key = f"{name}, {sizes}"
-            if key not in rows:
-                rows[key] = _try(peer, sizes, mesh, args.rounds)
+        keys = [f"{name}, {sizes}, {args.device}" for name, sizes in cases]
+        if all(key in rows for key in keys):
+            continue
+        one = _try(_one_gpu, alone, mesh, args.rounds)  # of this run
+        _say(f"one GPU, {alone}", one)
+        for key, (name, sizes) in zip(keys, cases, strict=True):
+            if "both" not in rows.get(key, {}):
+                row = _try(PEERS[name], sizes, mesh, args.rounds)
+                if "both" in row and "both" in one:
+                    row["E"] = row["both"] / one["both"]
+                rows[key] = row
                 _save(args.json, rows)
-            one = rows[f"{ONE_GPU}, {heads}:{kv_heads} heads, {tokens} tokens"]
-            _say(key, rows[key], one["both"])
+            _say(key, rows[key])
     dist.destroy_process_group()
 
 
 def _try(peer: Peer, sizes: Sizes, mesh: DeviceMesh, rounds: int) -> dict[str, Any]:
-    try:
-        return _measure(peer, sizes, mesh, rounds)
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"[:3000]}
+    """A row, or the error of the first rank that has one: all ranks go on together."""
+    found: dict[str, Any] = {}
+    with ExitStack() as stack:
+        try:
+            call = stack.enter_context(peer(sizes, mesh))
+            grad = torch.randn_like(call.forward().detach())
+            torch.autograd.grad(call.forward(), call.inputs, grad)
+        except Exception as error:
+            found = {"error": f"{type(error).__name__}: {error}"[:3000]}
+        errors: list[dict[str, Any]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(errors, found)
+        found = next(filter(None, errors), {})
+        return found or _measure(call, grad, sizes, mesh, rounds)
 
 
 def _save(path: Path | None, rows: dict[str, dict[str, Any]]) -> None:
@@ -236,16 +255,16 @@ def _save(path: Path | None, rows: dict[str, dict[str, Any]]) -> None:
         path.write_text(json.dumps(rows, indent=1))
 
 
-def _say(key: str, row: dict[str, Any], one: float) -> None:
+def _say(key: str, row: dict[str, Any]) -> None:
     if dist.get_rank():
         return
     if "error" in row:
-        print(f"{key:50} {row['error']}", flush=True)
+        print(f"{key:56} {row['error']}", flush=True)
         return
     print(
-        f"{key:50} {row['forward_ms']:9.3f} {row['both_ms']:9.3f} ms"
+        f"{key:56} {row['forward_ms']:9.3f} {row['both_ms']:9.3f} ms"
         f" {row['forward']:6.1f} {row['backward']:6.1f} {row['both']:6.1f} TFLOP/s"
-        f"  E {row['both'] / one:.3f}",
+        + (f"  E {row['E']:.3f}" if "E" in row else ""),
         flush=True,
     )
 

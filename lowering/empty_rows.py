@@ -57,28 +57,26 @@ def _fill_empty(
         return out
     if mask.empty_row is EmptyRow.NAN:
         return torch.where(is_empty, torch.nan, out)
-    passes_scores = mask.empty_row is EmptyRow.MEAN_ALL
-    mean = _mean_of_all(*qkv, biases, plan, passes_scores=passes_scores)
+    mean = _mean_of_all(*qkv, biases, plan)
     return torch.where(is_empty, mean.to(out.dtype), out)
 
 
 class _Unknown(torch.autograd.Function):
-    """Scores of rows without a key, where a bias or a softcap changes scores.
+    """Zeros, whose gradient by what scores are made of is NaN where it isn't 0.
 
-    Their gradient would take all keys and values on each rank: the moment that
+    For scores of rows without a key, where a bias or a softcap changes them. Their
+    gradient would take all keys and values on each rank: the moment that
     ``_mean_of_all`` sums up serves products alone. Mostly there is none to pass on, as
-    nothing reads what such a row gives; where there is, this rank's q, the keys of all
-    ranks (by the moment) and the biases get NaN.
+    nothing reads what such a row gives.
     """
 
     @staticmethod
     def forward(
         ctx: Any,  # noqa: ANN401 - autograd's
-        scored: Tensor,
-        *biases: Tensor,
+        *scored: Tensor,
     ) -> Tensor:
-        ctx.like = [(x.shape, x.dtype) for x in (scored, *biases)]
-        return scored.clone()
+        ctx.like = [(x.shape, x.dtype) for x in scored]
+        return torch.zeros_like(scored[0])
 
     @staticmethod
     @once_differentiable
@@ -120,20 +118,14 @@ def _is_real(x: Tensor, plan: RankPlan, side: Side) -> Tensor:
 
 
 def _mean_of_all(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    biases: Sequence[Tensor],
-    plan: RankPlan,
-    *,
-    passes_scores: bool,
+    q: Tensor, k: Tensor, v: Tensor, biases: Sequence[Tensor], plan: RankPlan
 ) -> Tensor:
     """Softmax over scores that are all ``finfo.min``: uniform over all S keys.
 
     Where the mask was put in the scores' place they get no gradient. Where it was added
-    (``passes_scores``) theirs still flows: with weights 1/S, the
-    derivative of a row by its scores is ``(V_j - mean) / S``, so by q it is
-    ``scale / S * K^T (V - mean)``. ``x - x.detach()`` adds that gradient to the mean.
+    (``MEAN_ALL``) theirs still flows: with weights 1/S, the derivative of a row by its
+    scores is ``(V_j - mean) / S``, so by q it is ``scale / S * K^T (V - mean)``.
+    ``x - x.detach()`` adds that gradient to the mean.
 
     Returns:
         ``(B, H, 1 or T, E)``.
@@ -152,12 +144,17 @@ def _mean_of_all(
         length = v.shape[2] * schedule.cp_size
     total = reduce_partial(torch.where(is_real, v, 0.0).sum(2, keepdim=True), spec=spec)
     (mean,) = spread([total / length], spec=spec)
-    if not passes_scores:
-        return mean.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    shared = q.shape[1] // k.shape[1]
+    means = mean.repeat_interleave(shared, 1)
+    if schedule.parts[0].mask.empty_row is not EmptyRow.MEAN_ALL:
+        return means
+    if plan.changes_scores:
+        total = k.sum((2, 3), keepdim=True)  # by which all ranks' keys get their NaN
+        (keys,) = spread([reduce_partial(total, spec=spec)], spec=spec)
+        scored = q.sum(3, keepdim=True) + keys.sum(1, keepdim=True)
+        nothing: Tensor = _Unknown.apply(scored, *biases)  # type: ignore[no-untyped-call]
+        return means + nothing
     spans = torch.where(is_real, v - mean, 0.0).detach()
     (moment,) = spread([reduce_partial(k.mT @ spans, spec=spec)], spec=spec)
-    shared = q.shape[1] // k.shape[1]
     x = plan.scale * (q @ moment.repeat_interleave(shared, 1))
-    if plan.changes_scores:
-        x = _Unknown.apply(x, *biases)  # type: ignore[no-untyped-call]
-    return mean.repeat_interleave(shared, 1) + (x - x.detach()) / length
+    return means + (x - x.detach()) / length

@@ -40,6 +40,7 @@ from ringcompile.passes.regions import BiasOperand, Refusal, Region
 from ringcompile.passes.sequences import mark_cross
 from ringcompile.passes.symbolic import Size, Unreadable
 from ringcompile.passes.value_scalars import read_scalar
+from ringcompile.torch_private import sizes_equal
 
 aten = torch.ops.aten
 
@@ -202,10 +203,11 @@ def _read_sdpa(reader: Reader, op: Op) -> Parts:
 
 
 def _settle_heads(q: Node, k: Node) -> None:
-    """Guard numbers of heads: how many share one must be known, as eager knows it."""
-    for x in (q, k):
-        for size in shape_of(x)[1:-2]:
-            int(size)
+    """Guard numbers of heads, unless alike: how many share one must be known."""
+    pairs = zip(shape_of(q)[1:-2], shape_of(k)[1:-2], strict=False)
+    for sizes in pairs:
+        if not sizes_equal(*sizes):
+            list(map(int, sizes))
 
 
 def _read_lead(op: Op, node: Node, grid: Grid) -> list[Expr]:

@@ -116,7 +116,7 @@ def run_passes(
     _refuse(made.refusals, options)
     if not regions:
         if lengths is not None:
-            raise no_attention()
+            raise no_attention(made.refusals)
         return made
     chosen = choose_patterns(regions, made.refusals, options)
     made.notes = chosen.unused

@@ -108,12 +108,16 @@ def find_lengths(
     return Lengths(symbols, cp_size)
 
 
-def no_attention(refusals: Sequence[Refusal] = ()) -> ShardingError:
+def no_attention(refusals: Sequence[Refusal]) -> ShardingError:
     """Why a graph of shards needs a ring; ``refusals``: what can't be one."""
     if refusals:
         first = refusals[0]
         return ShardingError(
-            first.what, at=first.where, because=first.because, instead=first.instead
+            first.what,
+            at=first.where,
+            because='with inputs="sharded" a graph needs an attention that can be cut,'
+            f" and of this one: {first.because}",
+            instead=f'inputs="replicated"; or: {first.instead}',
         )
     return ShardingError(
         "a graph without an attention that can be cut",

@@ -4,15 +4,22 @@
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.compiling import compile_ring
-from support.fuzz_checks import Verdict, check_program, compare
+from support.fuzz_checks import (
+    Verdict,
+    _judge,
+    _simulate,
+    check_program,
+    compare,
+)
 from support.fuzz_models import write_program
-from support.fuzz_program import Input, Line, Program, Ref, run_program
+from support.fuzz_program import Input, Line, Outcome, Program, Ref, run_program
 from support.fuzz_shrink import shrink
 from support.ranks import RankPool
 from torch._dynamo.exc import BackendCompilerFailed
@@ -104,7 +111,8 @@ def test_the_fuzzer_finds_a_planted_fault(monkeypatch: pytest.MonkeyPatch) -> No
 
 def _write_tie(dtype: torch.dtype) -> Program:
     """An argmax, whose last row is over numbers that are 0 but for rounding."""
-    x = torch.randn(16, 8, 4, generator=torch.Generator().manual_seed(0)).double()
+    random = torch.Generator().manual_seed(0)
+    x, table = (torch.randn(n, 8, 4, generator=random).double() for n in (2, 1))
     x0 = Ref("x0")
     calls: list[tuple[Callable[..., Any] | str, tuple[Any, ...]]] = [
         (F.scaled_dot_product_attention, (x0, x0, x0)),
@@ -112,9 +120,12 @@ def _write_tie(dtype: torch.dtype) -> Program:
         (torch.sub, (Ref("v0"), Ref("v1"))),
         (torch.cumsum, (Ref("v2"), 1)),
         (torch.argmax, (Ref("v3"), -1)),
+        (F.embedding, (Ref("v4"), Ref("x1"))),
+        (torch.cumsum, (Ref("v5"), 1)),
     ]
     lines = tuple(Line(f"v{i}", f, args, {}) for i, (f, args) in enumerate(calls))
-    return Program((Input("x0", x),), lines, ("v4",), 2, RingOptions(), dtype)
+    inputs = (Input("x0", x), Input("x1", table[0]))
+    return Program(inputs, lines, ("v4", "v6"), 2, RingOptions(), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -125,3 +136,20 @@ def test_a_tie_is_rounding_and_a_fault_beside_it_is_not(
     assert check_program(program).verdict is Verdict.ROUNDING
     monkeypatch.setitem(_COLLECTORS, torch.ops.aten.mean, (_Twice(),))
     assert check_program(program).verdict is Verdict.WRONG
+
+
+def test_behind_a_tie_faults_are_found_and_ranks_agree() -> None:
+    program = _write_tie(torch.float64)
+    reference = run_program(program, program.run, torch.float64)
+    made, (first, second) = _simulate(program)
+
+    def scale(outcome: Outcome, factor: float) -> Outcome:
+        outputs = outcome.outputs | {"v6": factor * outcome.outputs["v6"]}
+        return replace(outcome, outputs=outputs)
+
+    for found, verdict in (
+        ([first, second], Verdict.ROUNDING),
+        ([scale(x, 1.01) for x in (first, second)], Verdict.WRONG),
+        ([first, scale(second, 1 + 1e-7)], Verdict.WRONG),
+    ):
+        assert _judge(program, made, found, reference).verdict is verdict
