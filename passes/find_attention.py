@@ -204,10 +204,9 @@ def _read_sdpa(reader: Reader, op: Op) -> Parts:
 
 def _settle_heads(q: Node, k: Node) -> None:
     """Guard numbers of heads, unless alike: how many share one must be known."""
-    pairs = zip(shape_of(q)[1:-2], shape_of(k)[1:-2], strict=False)
-    for sizes in pairs:
-        if not sizes_equal(*sizes):
-            list(map(int, sizes))
+    for ours, theirs in zip(shape_of(q)[1:-2], shape_of(k)[1:-2], strict=False):
+        if not sizes_equal(ours, theirs):
+            int(ours), int(theirs)  # which guards them
 
 
 def _read_lead(op: Op, node: Node, grid: Grid) -> list[Expr]:
