@@ -12,13 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import getitem
 from types import MappingProxyType
 
-import torch
 from torch import SymInt, Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from ringcompile import ops
-from ringcompile.inductor_passes import OWN_MEMORY, pass_over, trace_graph
+from ringcompile.inductor_passes import (
+    OWN_MEMORY,
+    call_graph,
+    pass_over,
+    trace_graph,
+)
 from ringcompile.ir.text import rename_plan
 from ringcompile.lowering.hops import SHARED
 from ringcompile.lowering.ring import attend_ring, find_ring_gradients
@@ -115,20 +119,17 @@ def _trace(node: Node, plan: str) -> GraphModule:
 
 
 def _call(graph: Graph, nodes: Sequence[Node], body: GraphModule) -> None:
-    call_graph: Callable[..., object] = torch.ops.higher_order.invoke_subgraph
     body.meta[OWN_MEMORY] = True
     pass_over(body)
     name = _add_child(graph, "shared_ring", body)
     for node in nodes:
         with graph.inserting_before(node):
             child = graph.get_attr(name)
-            call = graph.call_function(call_graph, (child, name, *_operands(node)))
-        call.meta = {
-            "val": tuple(node.meta["val"]),
-            "stack_trace": node.meta.get("stack_trace"),
-        }
-        node.replace_all_uses_with(call)
-        graph.erase_node(node)
+        # The same node, so that Inductor does not find the values of all that follows
+        # anew.
+        node.args, node.kwargs = (child, name, *_operands(node)), {}
+        node.target = call_graph
+        node.meta.pop("eager_input_vals", None)
 
 
 def _add_child(graph: Graph, name: str, child: object) -> str:

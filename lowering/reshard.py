@@ -139,7 +139,7 @@ def _sum_ranks(xs: Sequence[Tensor], spec: ReshardSpec, kind: str) -> list[Tenso
     wide = [x.to(_sum_dtype(x)) for x in xs]
     tag = reshard_tag(kind)
     sums = ops.ALL_REDUCE(wide, tag, spec.group_name, spec.timeout_s)
-    return [WAIT_TENSOR(s).to(x.dtype) for s, x in zip(sums, xs, strict=True)]
+    return [s.to(x.dtype) for s, x in zip(sums, xs, strict=True)]
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:

@@ -144,6 +144,20 @@ def pass_over(graph: GraphModule) -> None:
     _recursive_post_grad_passes(graph)
 
 
+def call_graph(*args: object) -> object:
+    """What Inductor lowers where a graph calls another; a target of nodes.
+
+    Args:
+        args: as of ``invoke_subgraph``: the graph, its name, operands.
+    """
+    from torch._inductor.lowering import lowerings  # noqa: PLC0415
+
+    return lowerings[torch.ops.higher_order.invoke_subgraph](*args)
+
+
+call_graph._inductor_lowering_function = True  # type: ignore[attr-defined] # noqa: SLF001
+
+
 def order_pass(
     communicates: Callable[[GraphModule], bool], uuid: str, others: Sequence[Any] = ()
 ) -> Callable[[list[Any]], list[Any]]:

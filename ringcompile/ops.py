@@ -29,8 +29,9 @@ LIBRARY = torch.library.Library("ringcompile", "DEF")
 #                   are `fill`.
 #   find_kept       which elements dropout keeps, by a hash of a seed and of where they
 #                   stand: `at` are indices that broadcast against each other.
-#   hop, all_gather, all_reduce  start communication, `_c10d_functional.wait_tensor`
-#                   ends it. `deps` only order; dst or src = -1: no peer, no rows.
+#   hop, all_gather start communication, `_c10d_functional.wait_tensor` ends it. `deps`
+#                   only order; dst or src = -1: no peer, no rows.
+#   all_reduce      sums over the ranks, which are there when it returns.
 #   keep            a copy of x that is saved for backward, and makes `deps` needed.
 #   row_table       rows of a shard that take part, (heads, n) int64, -1 for no row; or
 #                   which of them travel, and where.

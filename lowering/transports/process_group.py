@@ -1,14 +1,13 @@
 """Hops and collectives over a ``torch.distributed`` process group.
 
-Every op registers a work with its results, and ``wait_tensor`` ends it. Invariant: no
-wait outlasts ``timeout_s`` on gloo, and one that fails names rank, peer and step. On
+A hop or a gather registers a work with its results, and ``wait_tensor`` ends it; a sum
+waits by itself. Invariant: no wait outlasts ``timeout_s`` on gloo, and one that fails names rank, peer and step. On
 NCCL a wait only orders streams; there the group's own watchdog ends a hang.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import accumulate, pairwise
 from weakref import WeakSet
 
 import torch
@@ -69,14 +68,11 @@ class TimedWork(Work):
         place: _Place,
         transfers: Sequence[_Transfer],
         held: Sequence[Tensor],
-        *,
-        finish: Callable[[], None] | None = None,
     ) -> None:
         super().__init__()
         self._place = place
         self._transfers = tuple(transfers)
         self._held = tuple(held)
-        self._finish = finish
 
     def wait(self, _timeout: timedelta | None = None) -> bool:
         """Wait for all transfers, each for at most ``timeout_s``."""
@@ -86,9 +82,6 @@ class TimedWork(Work):
                 self._place.wait(transfer.work)
             except RuntimeError as error:
                 raise _transport_error(self._place, transfer.name, error) from error
-        finish, self._finish = self._finish, None
-        if finish is not None:
-            finish()
         self._held = ()
         return True
 
@@ -187,7 +180,11 @@ def _all_gather(
 def _all_reduce(
     xs: Sequence[Tensor], tag: int, group_name: str, timeout_s: float
 ) -> list[Tensor]:
-    """Sum each tensor over the ranks, through one flat buffer per dtype."""
+    """Sum each tensor over the ranks, through one flat buffer per dtype.
+
+    Nothing can overlap it: sums are asked for where they are needed, gradients of
+    parameters all at once when the last is there.
+    """
     group = find_group(group_name)
     options = dist.AllreduceOptions()
     options.timeout = timedelta(seconds=timeout_s)
@@ -198,24 +195,11 @@ def _all_reduce(
         mine = [i for i, x in enumerate(xs) if x.dtype == dtype]
         flat = torch.cat([xs[i].reshape(-1) for i in mine])
         transfer = _Transfer(group.allreduce([flat], options), "all-reduce")
-        outs = [results[i] for i in mine]
-        work = TimedWork(place, [transfer], [flat], finish=_Unflatten(flat, outs))
-        for out in outs:
-            register_work(out, work)
+        TimedWork(place, [transfer], [flat]).wait()
+        parts = flat.split([xs[i].numel() for i in mine])
+        for i, part in zip(mine, parts, strict=True):
+            results[i].copy_(part.view(xs[i].shape))
     return results
-
-
-@dataclass(frozen=True, slots=True)
-class _Unflatten:
-    """Copies a reduced flat buffer into the results, once it is there."""
-
-    flat: Tensor
-    outs: Sequence[Tensor]
-
-    def __call__(self) -> None:
-        edges = pairwise(accumulate((x.numel() for x in self.outs), initial=0))
-        for out, (start, stop) in zip(self.outs, edges, strict=True):
-            out.copy_(self.flat[start:stop].view(out.shape))
 
 
 for _key in ("CPU", "CUDA"):

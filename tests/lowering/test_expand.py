@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule
 from torch.utils.checkpoint import checkpoint
 
 from ringcompile import ops
+from ringcompile.inductor_passes import call_graph
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.text import rename_plan
 from ringcompile.lowering import inductor
@@ -23,7 +24,6 @@ from ringcompile.lowering.hops import Tag
 from ringcompile.torch_private import compile_with_inductor
 
 CAUSAL = Case("causal", "zigzag")
-INVOKE: Any = torch.ops.higher_order.invoke_subgraph
 
 
 @dataclass(slots=True)
@@ -56,7 +56,7 @@ class Seen:
             assert len(set(calls)) == len(calls), "something is computed twice"
             return
         self.ops_before.append(before)
-        self.calls.append([str(n.args[1]) for n in find(graph, INVOKE)])
+        self.calls.append([str(n.args[1]) for n in find(graph, call_graph)])
         self.hops.append(read_tags(graph))
 
     def see_schedule(self, nodes: list[Any]) -> list[Any]:
@@ -307,6 +307,8 @@ def test_a_called_graph_communicates() -> None:
     body.output(body.call_function(ops.HOP, ([x], [], 1, 1, [4], 0, "0", 9.0)))
     outer = Graph()
     child = outer.get_attr("body")
-    outer.output(outer.call_function(INVOKE, (child, "body", outer.placeholder("x"))))
+    outer.output(
+        outer.call_function(call_graph, (child, "body", outer.placeholder("x")))
+    )
     assert communicates(GraphModule({"body": GraphModule({}, body)}, outer))
     assert not communicates(GraphModule({}, Graph()))
