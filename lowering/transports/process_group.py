@@ -1,8 +1,9 @@
 """Hops and collectives over a ``torch.distributed`` process group.
 
 A hop or a gather registers a work with its results, and ``wait_tensor`` ends it; a sum
-waits by itself. Invariant: no wait outlasts ``timeout_s`` on gloo, and one that fails names rank, peer and step. On
-NCCL a wait only orders streams; there the group's own watchdog ends a hang.
+waits by itself. Invariant: no wait outlasts ``timeout_s`` on gloo, and one that fails
+names rank, peer and step. On NCCL a wait only orders streams; there the group's own
+watchdog ends a hang.
 """
 
 from collections.abc import Sequence
