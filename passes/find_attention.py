@@ -227,6 +227,8 @@ def _read_lead(op: Op, node: Node, grid: Grid) -> list[Expr]:
 
 def _count_shared(own: Size, heads: Size) -> int | None:
     """How many query heads use one of ``own``; None if that is no known number."""
+    if sizes_equal(own, heads):
+        return 1
     if isinstance(own, SymInt) or isinstance(heads, SymInt) or heads % own:
         return None
     return heads // own

@@ -233,15 +233,16 @@ def attend_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def check_heads(group: ProcessGroup, rank: int) -> None:
+def check_heads(group: ProcessGroup, rank: int, kv_heads: int) -> None:
     """Q, K and V are inputs, and their numbers of heads are symbols as well."""
     options = {"inputs": "sharded", "layout": "zigzag"}
     call, record = compile_ring(
         attend_heads, group, compiler="aot_eager", options=options, dynamic=True
     )
     generator = torch.Generator().manual_seed(0)
+    heads = (6, kv_heads, kv_heads)
     for length in (8, 24):
-        whole = [torch.randn(2, n, length, 8, generator=generator) for n in (6, 3, 3)]
+        whole = [torch.randn(2, n, length, 8, generator=generator) for n in heads]
         own = [ringcompile.shard(x, 2, group, layout="zigzag").clone() for x in whole]
         mine = [x.requires_grad_() for x in own]
         wide = [x.double().requires_grad_() for x in whole]
@@ -257,8 +258,9 @@ def check_heads(group: ProcessGroup, rank: int) -> None:
     assert record.num_graphs == len(record.rings) == 1
 
 
-def test_grouped_heads_that_are_symbols(ranks: RankPool) -> None:
-    ranks.run(check_heads, world_size=2)
+@pytest.mark.parametrize("kv_heads", [3, 6])
+def test_heads_that_are_symbols(ranks: RankPool, kv_heads: int) -> None:
+    ranks.run(check_heads, kv_heads, world_size=2)
 
 
 # ---- refused -------------------------------------------------------------------------
