@@ -6,7 +6,7 @@ full cotangent, equal on all ranks (DESIGN.md section 3). So, forward and backwa
     shard   slice own rows   all-gather
     gather  all-gather       slice own rows, 0 at padding
     reduce  all-reduce       identity
-    spread  identity         all-reduce, all values in one bucket
+    spread  identity         all-reduce, all values together
 """
 
 from collections.abc import Sequence

@@ -32,6 +32,7 @@ from ringcompile.torch_private import (
 aten = torch.ops.aten
 
 _BUCKET_BYTES = 64 << 20
+_BUCKET_LENGTH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,11 +304,15 @@ def _bytes(node: Node) -> int:
 
 
 def _make_buckets(nodes: Sequence[Node]) -> list[list[Node]]:
-    """Group parameters so that one all-reduce carries at most 64 MiB or one of them."""
+    """Group parameters: each all-reduce carries at most 64 MiB, or one, and 32 of them.
+
+    What compilers do with a list of results grows with the square of its length.
+    """
     buckets: list[list[Node]] = []
     room = 0
     for node in nodes:
-        if not buckets or _bytes(node) > room:
+        is_full = not buckets or len(buckets[-1]) == _BUCKET_LENGTH
+        if is_full or _bytes(node) > room:
             buckets.append([])
             room = _BUCKET_BYTES
         buckets[-1].append(node)
