@@ -6,7 +6,7 @@ Invariant: both ends of a hop count the same rows.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import cast
 
 import torch
@@ -48,6 +48,8 @@ class TileProgram:
         sends: rows of this rank's shard that the reader reads; None if none.
         pieces: the kernel calls; their KV rows are counted from the first row read.
         needs: runs of the owner's rows that are read, where no rows are selected.
+        is_one_call: whether on every rank at most one kernel without a mask computes
+            the step, so that its gradients travel as they are: no sum is rounded.
     """
 
     is_own: bool
@@ -58,6 +60,7 @@ class TileProgram:
     sends: RowSet | None
     pieces: tuple[Piece, ...]
     needs: tuple[Rows, ...]
+    is_one_call: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +234,16 @@ def _build_tile(step: Step, part: Part, queries: RowSet, frame: Frame) -> TilePr
         sends=_find_kv(part, frame, (rank, reader), step.tiles[reader].needs),
         pieces=pieces,
         needs=mine.needs,
+        is_one_call=part.selection is None
+        and all(map(partial(_is_one_call, frame.plan), step.tiles)),
     )
+
+
+def _is_one_call(plan: RankPlan, tile: Tile) -> bool:
+    """Whether a kernel without a mask computes a tile, if any does."""
+    if not plan.is_dense or plan.kernel == "flex" or len(tile.needs) > 1:
+        return False
+    return [p.kernel is Kernel.MASKED for p in tile.pieces] in ([], [False])
 
 
 def _close_up(tile: Tile, chunk: int) -> tuple[Piece, ...]:

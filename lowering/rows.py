@@ -4,7 +4,7 @@ The dim of rows is 2 in every tensor here: ``(B, H, T, D)`` and ``(B, H, T)``.
 Invariant: symbolic sizes are never compared, so that no guard on the length is added.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -282,8 +282,16 @@ class Segments:
             there = self._values[i]
             self._values[i] = piece if there is None else self._combine(there, piece)
 
-    def join(self, empty: Callable[[Size], Values]) -> Values:
-        """All rows end to end; ``empty(n)`` gives n rows that nothing was added to."""
+    def join(
+        self, empty: Callable[[Size], Values], *, dtype: torch.dtype | None = None
+    ) -> Values:
+        """All rows end to end.
+
+        Args:
+            empty: gives so many rows, to which nothing was added.
+            dtype: what ``(B, H, n, D)`` is rounded to, before it is put together: a
+                wide copy of all rows would only be read once.
+        """
         sizes = (
             resolve(stop, self._chunk) - resolve(start, self._chunk)
             for start, stop in pairwise(self._edges)
@@ -292,6 +300,23 @@ class Segments:
             empty(size) if values is None else values
             for values, size in zip(self._values, sizes, strict=True)
         ]
+        if dtype is not None:
+            parts = [
+                tuple(x if x.dim() == _LSE_DIM else x.to(dtype) for x in values)
+                for values in parts
+            ]
         if len(parts) == 1:
             return parts[0]
-        return tuple(torch.cat(xs, 2) for xs in zip(*parts, strict=True))
+        join = _join_rows if dtype is None else _join_by_token
+        return tuple(map(join, zip(*parts, strict=True)))
+
+
+def _join_rows(xs: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(xs), 2)
+
+
+def _join_by_token(xs: Sequence[Tensor]) -> Tensor:
+    """Rows end to end, all heads of a token side by side."""
+    if xs[0].dim() == _LSE_DIM:
+        return _join_rows(xs)
+    return torch.cat([x.transpose(1, 2) for x in xs], 1).transpose(1, 2)

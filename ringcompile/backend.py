@@ -9,6 +9,7 @@ that is not rewritten is compiled exactly as Inductor would.
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from torch.fx import GraphModule
 
@@ -19,6 +20,7 @@ from ringcompile.lowering.inductor import (
     require_kernel,
     sources_hash,
 )
+from ringcompile.lowering.transports.choose import choose_transport
 from ringcompile.mesh import Ranks, find_ranks
 from ringcompile.passes.artifacts import emit_artifacts
 from ringcompile.passes.block_checks import check_blocks_at_calls
@@ -69,7 +71,8 @@ def ring(
         _require_whole_model()
     if is_split_by_ddp():
         _say_split(chosen)
-    made = _rewrite(gm, example_inputs, chosen, ranks)
+    transport = choose_transport(chosen.transport, ranks)
+    made = _rewrite(gm, example_inputs, replace(chosen, transport=transport), ranks)
     if not made.attentions:
         log.warning("no attention to cut in this graph: compiled as Inductor would")
         scale_parameters(gm, example_inputs, chosen.replicated_factor(ranks.size))

@@ -73,7 +73,7 @@ scale_grad(Tensor x, float factor) -> Tensor;
 find_kept(Tensor seed, Tensor[] at, float rate) -> Tensor;
 
 hop(Tensor[] payload, Tensor[] deps, int dst, int src, SymInt[] recv_rows, int tag,
-    str group_name, float timeout_s) -> Tensor[];
+    str group_name, float timeout_s, str transport="p2p") -> Tensor[];
 all_gather(Tensor x, int cp_size, int tag, str group_name, float timeout_s) -> Tensor;
 all_reduce(Tensor[] xs, int tag, str group_name, float timeout_s) -> Tensor[];
 

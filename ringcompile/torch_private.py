@@ -14,19 +14,25 @@ import sympy
 import torch
 from torch import SymInt, Tensor, nn
 from torch._C import DispatchKey
-from torch._C._distributed_c10d import AllgatherOptions, Work, _register_work
+from torch._C._distributed_c10d import (
+    AllgatherOptions,
+    Work,
+    _register_work,
+)
+from torch._C._distributed_c10d import _SymmetricMemory as SymmetricMemory
 from torch._guards import TracingContext
 from torch._logging._internal import trace_structured
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed import ProcessGroup, distributed_c10d
+from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 
-__all__ = ["Work"]  # the rest is defined here
+__all__ = ["SymmetricMemory", "Work"]  # the rest is defined here
 
 ENCODER_LAYER = torch._transformer_encoder_layer_fwd  # noqa: SLF001
 SET_GRAD_ENABLED = torch._C._set_grad_enabled  # noqa: SLF001
@@ -207,6 +213,18 @@ def start_all_gather(
     options = AllgatherOptions()
     options.timeout = timedelta(seconds=timeout_s)
     return group._allgather_base(gathered.view(-1), x.view(-1), options)  # noqa: SLF001
+
+
+def allocate_symmetric(
+    num_bytes: int, group: ProcessGroup, device: torch.device
+) -> SymmetricMemory:
+    """Memory that every rank of a group can read; all of them must come.
+
+    Raises:
+        RuntimeError: some rank's GPU can't read another's.
+    """
+    buffer = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+    return symmetric_memory.rendezvous(buffer, group.group_name)
 
 
 def register_work(result: Tensor, work: Work) -> None:

@@ -43,6 +43,13 @@ def choose_backend(q: Tensor, v: Tensor) -> Backend:
     return Backend.CUDA_FLASH if D <= 256 else Backend.MATH  # noqa: PLR2004
 
 
+def gradient_dtype(q: Tensor, v: Tensor) -> torch.dtype:
+    """What ``attend_backward`` gives."""
+    if choose_backend(q, v) in {Backend.CUDNN, Backend.CUDA_FLASH}:
+        return q.dtype
+    return ops.accumulation_dtype(q.dtype)
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ringcompile import ops
 from ringcompile.errors import TransportError
 from ringcompile.lowering.hops import Tag
+from ringcompile.lowering.transports.copy_engine import start_hop
 from ringcompile.torch_private import (
     Work,
     find_group,
@@ -113,11 +114,15 @@ def _hop(  # noqa: PLR0913, PLR0917 - the op's schema
     tag: int,
     group_name: str,
     timeout_s: float,
+    transport: str = "p2p",
 ) -> list[Tensor]:
     received = [
         x.new_empty((*x.shape[:-2], rows, x.shape[-1]))
         for x, rows in zip(payload, recv_rows, strict=True)
     ]
+    if transport == "copy_engine" and payload[0].is_cuda:
+        start_hop(payload, received, dst=dst, src=src, group_name=group_name)
+        return received
     group = find_group(group_name)
     _warm_up(group, payload[0])
     sent = [x.contiguous() for x in payload]
