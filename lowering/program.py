@@ -6,7 +6,7 @@ Invariant: both ends of a hop count the same rows.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -234,16 +234,8 @@ def _build_tile(step: Step, part: Part, queries: RowSet, frame: Frame) -> TilePr
         sends=_find_kv(part, frame, (rank, reader), step.tiles[reader].needs),
         pieces=pieces,
         needs=mine.needs,
-        is_one_call=part.selection is None
-        and all(map(partial(_is_one_call, frame.plan), step.tiles)),
+        is_one_call=frame.plan.takes_dense_kernels and part.is_one_call(step),
     )
-
-
-def _is_one_call(plan: RankPlan, tile: Tile) -> bool:
-    """Whether a kernel without a mask computes a tile, if any does."""
-    if not plan.is_dense or plan.kernel == "flex" or len(tile.needs) > 1:
-        return False
-    return [p.kernel is Kernel.MASKED for p in tile.pieces] in ([], [False])
 
 
 def _close_up(tile: Tile, chunk: int) -> tuple[Piece, ...]:

@@ -32,10 +32,11 @@ def choose_transport(asked: str, ranks: Ranks) -> str:
         or (asked == "auto" and ranks.device_type != "cuda")
     ):
         return "p2p"
-    group = find_group(ranks.group_name)
-    if ranks.device_type == "cuda" and _reach_each_other(group):
-        prepare(group)
-        return "copy_engine"
+    if ranks.device_type == "cuda":
+        group = find_group(ranks.group_name)
+        if _reach_each_other(group):
+            prepare(group)
+            return "copy_engine"
     if asked == "auto":
         return "p2p"
     raise OptionError(

@@ -84,3 +84,8 @@ class RankPlan:
         return (
             self.kernel != "math" and self.dropout is None and not self.changes_scores
         )
+
+    @property
+    def takes_dense_kernels(self) -> bool:
+        """Whether such kernels do compute all of those tiles."""
+        return self.is_dense and self.kernel != "flex"
