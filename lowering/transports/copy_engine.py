@@ -3,11 +3,11 @@
 A sender puts rows into its own buffer and signals; the receiver pulls them straight
 from there into memory of its own, and signals back that their place is free. Nothing
 but the signals takes an SM, so compute runs on beside undisturbed, and signals live on
-the GPU: no host waits, and CUDA graphs capture it all. Invariant: both ends of a pair
-count the places that they used alike, as ranks start the same hops in the same order.
+the GPU: no host waits, and CUDA graphs capture it all. Invariant: a hop's tag tells its
+places to both ends, whatever ran before (a rank may capture a graph alone), and both
+ends of a pair use a place for the same hops in the same order.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringcompile.lowering.hops import Tag
 from ringcompile.torch_private import (
     SymmetricMemory,
     Work,
@@ -81,55 +82,72 @@ class CopyEngine:
         ]
         # Its few blocks must not queue behind those of a large kernel.
         self._pulling = torch.cuda.Stream(priority=-1)
-        self._sent: Counter[int] = Counter()
-        self._received: Counter[int] = Counter()
         for peer in range(size):
             for place in range(_PLACES if peer != self._rank else 0):
                 self._memory.put_signal(peer, _is_free(place))
 
     def start(
-        self, sent: Sequence[Tensor], received: Sequence[Tensor], *, dst: int, src: int
+        self,
+        sent: Sequence[Tensor],
+        received: Sequence[Tensor],
+        where: "_Where",
     ) -> "_Flying":
-        """Start a hop of contiguous tensors; a rank of -1 means nobody."""
+        """Start a hop of contiguous tensors."""
         ready = torch.cuda.current_stream().record_event()
-        if dst >= 0 and any(x.numel() for x in sent):
+        if where.dst >= 0 and any(x.numel() for x in sent):
             # On this stream: beside a large kernel the copy would wait for its end.
-            self._publish(list(map(_bytes, sent)), dst)
-        if src < 0 or not any(x.numel() for x in received):
+            self._publish(list(map(_bytes, sent)), where)
+        if where.src < 0 or not any(x.numel() for x in received):
             return _Flying(None)
         with torch.cuda.stream(self._pulling):
             self._pulling.wait_event(ready)
-            self._pull(list(map(_bytes, received)), src)
+            self._pull(list(map(_bytes, received)), where)
             return _Flying(self._pulling.record_event())
 
-    def _publish(self, xs: Sequence[Tensor], dst: int) -> None:
-        for place, at, slices in self._places(xs, self._sent, dst, owner=self._rank):
-            self._memory.wait_signal(dst, _is_free(place))
+    def _publish(self, xs: Sequence[Tensor], where: "_Where") -> None:
+        dst, limit = where.dst, where.timeout_ms
+        for place, at, slices in self._places(xs, where, self._rank, reader=dst):
+            self._memory.wait_signal(dst, _is_free(place), limit)
             for s in slices:
                 at[s.offset : s.offset + s.stop - s.start].copy_(
                     xs[s.tensor][s.start : s.stop]
                 )
-            self._memory.put_signal(dst, _is_full(place))
+            self._memory.put_signal(dst, _is_full(place), limit)
 
-    def _pull(self, xs: Sequence[Tensor], src: int) -> None:
-        for place, at, slices in self._places(xs, self._received, src, owner=src):
-            self._memory.wait_signal(src, _is_full(place))
+    def _pull(self, xs: Sequence[Tensor], where: "_Where") -> None:
+        src, limit = where.src, where.timeout_ms
+        for place, at, slices in self._places(xs, where, src, reader=self._rank):
+            self._memory.wait_signal(src, _is_full(place), limit)
             for s in slices:
                 xs[s.tensor][s.start : s.stop].copy_(
                     at[s.offset : s.offset + s.stop - s.start]
                 )
-            self._memory.put_signal(src, _is_free(place))
+            self._memory.put_signal(src, _is_free(place), limit)
 
     def _places(
-        self, xs: Sequence[Tensor], used: Counter[int], peer: int, *, owner: int
+        self, xs: Sequence[Tensor], where: "_Where", owner: int, *, reader: int
     ) -> Iterator[tuple[int, Tensor, list[_Slice]]]:
-        """The next places between this rank and a peer, in the owner's buffer."""
-        reader = peer if owner == self._rank else self._rank
-        for slices in cut_into_places([x.numel() for x in xs], self._place_bytes):
-            place = used[peer] % _PLACES
-            used[peer] += 1
+        """The places of a hop, and what goes into each."""
+        cut = cut_into_places([x.numel() for x in xs], self._place_bytes)
+        for number, slices in enumerate(cut, where.first_place):
+            place = number % _PLACES
             start = (reader * _PLACES + place) * self._place_bytes
             yield place, self._buffers[owner][start : start + self._place_bytes], slices
+
+
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """A hop's ends; a rank of -1 means nobody. A signal that is late traps."""
+
+    tag: Tag
+    dst: int
+    src: int
+    timeout_ms: int
+
+    @property
+    def first_place(self) -> int:
+        """Hops that are under way together start at different ones."""
+        return 2 * self.tag.phase + self.tag.step
 
 
 class _Flying(Work):
@@ -172,17 +190,19 @@ def prepare(group: dist.ProcessGroup) -> CopyEngine:
     return engine
 
 
-def start_hop(
+def start_hop(  # noqa: PLR0913 - the op's schema
     payload: Sequence[Tensor],
     received: Sequence[Tensor],
     *,
     dst: int,
     src: int,
+    tag: int,
     group_name: str,
+    timeout_s: float,
 ) -> None:
     """Send ``payload`` to ``dst`` and fill ``received`` from ``src``."""
+    where = _Where(Tag.decode(tag), dst, src, round(1000 * timeout_s))
     engine = prepare(find_group(group_name))
-    sent = [x.contiguous() for x in payload]
-    work = engine.start(sent, received, dst=dst, src=src)
+    work = engine.start([x.contiguous() for x in payload], received, where)
     for x in received:
         register_work(x, work)

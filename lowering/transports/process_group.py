@@ -121,7 +121,14 @@ def _hop(  # noqa: PLR0913, PLR0917 - the op's schema
         for x, rows in zip(payload, recv_rows, strict=True)
     ]
     if transport == "copy_engine" and payload[0].is_cuda:
-        start_hop(payload, received, dst=dst, src=src, group_name=group_name)
+        start_hop(
+            *(payload, received),
+            dst=dst,
+            src=src,
+            tag=tag,
+            group_name=group_name,
+            timeout_s=timeout_s,
+        )
         return received
     group = find_group(group_name)
     _warm_up(group, payload[0])
