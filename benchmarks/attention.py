@@ -111,6 +111,8 @@ def _ring(**options: object) -> Peer:
         torch.compiler.reset()
         inputs = [x.requires_grad_() for x in _random(sizes, mesh, sizes.tokens)]
         given = {"inputs": "sharded", "layout": "zigzag", **options}
+        for x in inputs:  # as activations in a graph have, which is a whole model's
+            torch._dynamo.mark_static_address(x)
         compiled = torch.compile(_attend, backend="ring", dynamic=True, options=given)
         yield Call(lambda: compiled(*inputs), inputs)
 
@@ -144,6 +146,8 @@ def _cudnn(mesh: DeviceMesh) -> Any:  # noqa: ANN401 - torch's context
 
 PEERS: dict[str, Peer] = {
     "ring": _ring(),
+    "ring, sends": _ring(transport="p2p"),
+    "ring, CUDA graphs": _ring(inductor={"triton.cudagraphs": True}),
     "torch CP, all-to-all": _context_parallel("alltoall"),
     "torch CP, all-gather": _context_parallel("allgather"),
 }

@@ -170,11 +170,6 @@ class RingOptions:
         return (("*", self.attention),)
 
     @property
-    def hop_transport(self) -> str:
-        """The transport that plans name; ``backend`` resolves ``auto`` before."""
-        return "p2p" if self.transport == "auto" else self.transport
-
-    @property
     def is_exact(self) -> bool:
         """Whether no attention gets a pattern."""
         return all(pattern == "exact" for _, pattern in self.attention_globs)

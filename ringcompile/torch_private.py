@@ -215,16 +215,19 @@ def start_all_gather(
     return group._allgather_base(gathered.view(-1), x.view(-1), options)  # noqa: SLF001
 
 
-def allocate_symmetric(
-    num_bytes: int, group: ProcessGroup, device: torch.device
-) -> SymmetricMemory:
-    """Memory that every rank of a group can read; all of them must come.
+def can_share_memory(device: torch.device) -> bool:
+    """Whether torch maps the memory of other GPUs by CUDA's own means."""
+    return symmetric_memory.get_backend(device) in {None, "CUDA"}
 
-    Raises:
-        RuntimeError: some rank's GPU can't read another's.
-    """
-    buffer = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
-    return symmetric_memory.rendezvous(buffer, group.group_name)
+
+def allocate_symmetric(num_bytes: int, device: torch.device) -> Tensor:
+    """Memory that other GPUs can read once ``rendezvous`` has told them."""
+    return symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+
+
+def rendezvous(memory: Tensor, group: ProcessGroup) -> SymmetricMemory:
+    """Exchange memory between the ranks of a group; all of them must come."""
+    return symmetric_memory.rendezvous(memory, group.group_name)
 
 
 def register_work(result: Tensor, work: Work) -> None:

@@ -3,27 +3,22 @@
 A sender puts rows into its own buffer and signals; the receiver pulls them straight
 from there into memory of its own, and signals back that their place is free. Nothing
 but the signals takes an SM, so compute runs on beside undisturbed, and signals live on
-the GPU: no host waits, and CUDA graphs capture it all. Invariant: a hop's tag tells its
-places to both ends, whatever ran before (a rank may capture a graph alone), and both
-ends of a pair use a place for the same hops in the same order.
+the GPU: no host waits, and CUDA graphs capture it all. Invariants: a hop's tag tells
+its places to both ends, whatever ran before (a rank may capture a graph alone); both
+ends of a pair use a place for the same hops in the same order; and what a rank enqueues
+waits only for what its peers have enqueued before.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ringcompile.lowering.hops import Tag
-from ringcompile.torch_private import (
-    SymmetricMemory,
-    Work,
-    allocate_symmetric,
-    find_group,
-    register_work,
-)
+from ringcompile.torch_private import SymmetricMemory, Work, rendezvous
 
 _BUDGET = 512 * 2**20
 """Bytes of a rank's buffer, whatever the number of ranks; larger hops go in parts."""
@@ -66,88 +61,117 @@ def cut_into_places(sizes: Sequence[int], capacity: int) -> list[list[_Slice]]:
     return places
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What of a hop goes through one place.
+
+    Attributes:
+        place: number of the place.
+        pairs: bytes of tensors, each with those of the owner's buffer.
+    """
+
+    place: int
+    pairs: tuple[tuple[Tensor, Tensor], ...]
+
+
 class CopyEngine:
     """The hops of one process group."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        """Every rank must come here: buffers are exchanged."""
-        size, self._rank = group.size(), group.rank()
-        device = torch.device("cuda", torch.cuda.current_device())
-        self._place_bytes = _BUDGET // (size * _PLACES) // _ALIGNMENT * _ALIGNMENT
-        num_bytes = size * _PLACES * self._place_bytes
-        self._memory: SymmetricMemory = allocate_symmetric(num_bytes, group, device)
+    def __init__(self, group: dist.ProcessGroup, memory: Tensor) -> None:
+        """Every rank must come here: buffers are exchanged.
+
+        Args:
+            group: the ranks.
+            memory: ``buffer_bytes`` bytes of what GPUs can share.
+        """
+        self._rank, self._size, self._own = group.rank(), group.size(), memory
+        self._shared: SymmetricMemory = rendezvous(memory, group)
         self._buffers = [
-            self._memory.get_buffer(rank, (num_bytes,), torch.uint8)
-            for rank in range(size)
+            self._shared.get_buffer(rank, memory.shape, torch.uint8)
+            for rank in range(self._size)
         ]
         # Its few blocks must not queue behind those of a large kernel.
         self._pulling = torch.cuda.Stream(priority=-1)
-        for peer in range(size):
+        self._published: torch.cuda.Event | None = None
+        for peer in range(self._size):
             for place in range(_PLACES if peer != self._rank else 0):
-                self._memory.put_signal(peer, _is_free(place))
+                self._shared.put_signal(peer, _is_free(place))
+
+    @staticmethod
+    def buffer_bytes(size: int) -> int:
+        """Bytes of a rank's buffer in a group of that size."""
+        return (size - 1) * _PLACES * _place_bytes(size)
 
     def start(
         self,
         sent: Sequence[Tensor],
         received: Sequence[Tensor],
-        where: "_Where",
+        tag: Tag,
+        *,
+        dst: int,
+        src: int,
     ) -> "_Flying":
-        """Start a hop of contiguous tensors."""
-        ready = torch.cuda.current_stream().record_event()
-        if where.dst >= 0 and any(x.numel() for x in sent):
-            # On this stream: beside a large kernel the copy would wait for its end.
-            self._publish(list(map(_bytes, sent)), where)
-        if where.src < 0 or not any(x.numel() for x in received):
-            return _Flying(None)
-        with torch.cuda.stream(self._pulling):
-            self._pulling.wait_event(ready)
-            self._pull(list(map(_bytes, received)), where)
-            return _Flying(self._pulling.record_event())
+        """Start a hop of contiguous tensors; a rank of -1 means nobody."""
+        here = torch.cuda.current_stream()
+        self._order_behind_last(here)
+        first = 2 * tag.phase + tag.step  # hops under way together start apart
+        leaving = self._cut(sent, first, self._rank, reader=dst)
+        coming = self._cut(received, first, src, reader=self._rank)
+        arrived = None
+        # Part by part: each waits only for parts that all ranks have enqueued before,
+        # though the streams may not run side by side. A copy within this GPU goes on
+        # this stream: beside a large kernel it would wait for that one's end.
+        for leaves, comes in zip_longest(leaving, coming):
+            if leaves is not None:
+                self._publish(leaves, dst)
+            if comes is not None:
+                self._pulling.wait_event(here.record_event())
+                with torch.cuda.stream(self._pulling):
+                    self._pull(comes, src)
+                    arrived = self._pulling.record_event()
+        if not torch.cuda.is_current_stream_capturing():
+            self._published = here.record_event()
+        return _Flying(arrived)
 
-    def _publish(self, xs: Sequence[Tensor], where: "_Where") -> None:
-        dst, limit = where.dst, where.timeout_ms
-        for place, at, slices in self._places(xs, where, self._rank, reader=dst):
-            self._memory.wait_signal(dst, _is_free(place), limit)
-            for s in slices:
-                at[s.offset : s.offset + s.stop - s.start].copy_(
-                    xs[s.tensor][s.start : s.stop]
-                )
-            self._memory.put_signal(dst, _is_full(place), limit)
+    def _order_behind_last(self, here: torch.cuda.Stream) -> None:
+        """Hops leave in the order in which the host starts them, on any streams."""
+        if self._published and not torch.cuda.is_current_stream_capturing():
+            here.wait_event(self._published)
 
-    def _pull(self, xs: Sequence[Tensor], where: "_Where") -> None:
-        src, limit = where.src, where.timeout_ms
-        for place, at, slices in self._places(xs, where, src, reader=self._rank):
-            self._memory.wait_signal(src, _is_full(place), limit)
-            for s in slices:
-                xs[s.tensor][s.start : s.stop].copy_(
-                    at[s.offset : s.offset + s.stop - s.start]
-                )
-            self._memory.put_signal(src, _is_free(place), limit)
+    def _publish(self, part: _Part, dst: int) -> None:
+        self._shared.wait_signal(dst, _is_free(part.place))
+        for x, at in part.pairs:
+            at.copy_(x)
+        self._shared.put_signal(dst, _is_full(part.place))
 
-    def _places(
-        self, xs: Sequence[Tensor], where: "_Where", owner: int, *, reader: int
-    ) -> Iterator[tuple[int, Tensor, list[_Slice]]]:
-        """The places of a hop, and what goes into each."""
-        cut = cut_into_places([x.numel() for x in xs], self._place_bytes)
-        for number, slices in enumerate(cut, where.first_place):
+    def _pull(self, part: _Part, src: int) -> None:
+        self._shared.wait_signal(src, _is_full(part.place))
+        for x, at in part.pairs:
+            x.copy_(at)
+        self._shared.put_signal(src, _is_free(part.place))
+
+    def _cut(
+        self, tensors: Sequence[Tensor], first: int, owner: int, *, reader: int
+    ) -> Iterator[_Part]:
+        """The parts of a hop, through the owner's places for a reader."""
+        if min(owner, reader) < 0:
+            return
+        xs, size = list(map(_bytes, tensors)), _place_bytes(self._size)
+        cut = cut_into_places([x.numel() for x in xs], size)
+        places_of_reader = (reader - (reader > owner)) * _PLACES
+        for number, slices in enumerate(cut, first):
             place = number % _PLACES
-            start = (reader * _PLACES + place) * self._place_bytes
-            yield place, self._buffers[owner][start : start + self._place_bytes], slices
-
-
-@dataclass(frozen=True, slots=True)
-class _Where:
-    """A hop's ends; a rank of -1 means nobody. A signal that is late traps."""
-
-    tag: Tag
-    dst: int
-    src: int
-    timeout_ms: int
-
-    @property
-    def first_place(self) -> int:
-        """Hops that are under way together start at different ones."""
-        return 2 * self.tag.phase + self.tag.step
+            start = (places_of_reader + place) * size
+            yield _Part(
+                place,
+                tuple(
+                    (
+                        xs[s.tensor][s.start : s.stop],
+                        self._buffers[owner][start + s.offset :][: s.stop - s.start],
+                    )
+                    for s in slices
+                ),
+            )
 
 
 class _Flying(Work):
@@ -164,6 +188,10 @@ class _Flying(Work):
         return True
 
 
+def _place_bytes(size: int) -> int:
+    return _BUDGET // ((size - 1) * _PLACES) // _ALIGNMENT * _ALIGNMENT
+
+
 def _is_full(place: int) -> int:
     return 2 * place
 
@@ -174,35 +202,3 @@ def _is_free(place: int) -> int:
 
 def _bytes(x: Tensor) -> Tensor:
     return x.view(-1).view(torch.uint8)
-
-
-_engines: WeakKeyDictionary[dist.ProcessGroup, CopyEngine] = WeakKeyDictionary()
-
-
-def prepare(group: dist.ProcessGroup) -> CopyEngine:
-    """The engine of a group; all its ranks must come, the first time.
-
-    Not in a CUDA graph's warm-up, whose memory is not for what stays.
-    """
-    engine = _engines.get(group)
-    if engine is None:
-        engine = _engines[group] = CopyEngine(group)
-    return engine
-
-
-def start_hop(  # noqa: PLR0913 - the op's schema
-    payload: Sequence[Tensor],
-    received: Sequence[Tensor],
-    *,
-    dst: int,
-    src: int,
-    tag: int,
-    group_name: str,
-    timeout_s: float,
-) -> None:
-    """Send ``payload`` to ``dst`` and fill ``received`` from ``src``."""
-    where = _Where(Tag.decode(tag), dst, src, round(1000 * timeout_s))
-    engine = prepare(find_group(group_name))
-    work = engine.start([x.contiguous() for x in payload], received, where)
-    for x in received:
-        register_work(x, work)

@@ -51,7 +51,7 @@ class RankPlan:
         kernel: ``auto``: each tile by the device's best kernel; ``flex``: by generated
             ones, where they carry its mask; ``math``: by plain operators.
         transport: how hops travel: ``p2p``, by the process group; ``copy_engine``, by
-            copies out of the sender's memory.
+            copies out of the sender's memory; ``auto``: by these where they can.
         dropout: of weights; None if none is dropped.
         softcap: scaled scores x become ``softcap * tanh(x / softcap)`` before biases
             are added; None: they stay.

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 import ringcompile
-import ringcompile.lowering
 from ringcompile import ops
+from ringcompile.lowering.transports.choose import prepare_transport
+from ringcompile.mesh import Ranks
 from ringcompile.torch_private import WAIT_TENSOR
 
 pytestmark = [
@@ -36,6 +37,9 @@ def _hop(xs: list[Tensor], dst: int, src: int, rows: int, road: str) -> list[Ten
 
 
 def _check_hops(rank: int) -> None:
+    assert dist.group.WORLD is not None
+    name = dist.group.WORLD.group_name
+    prepare_transport("copy_engine", Ranks(rank, 2, name), [torch.ones(1).cuda()])
     random = torch.Generator("cuda").manual_seed(rank)
     for rows, heads, features in SIZES * 3:
         for dtype in (torch.bfloat16, torch.float32):

@@ -1,13 +1,20 @@
 """What a hop by copies puts where, and who may ask for one; tests/gpu runs it."""
 
 import pytest
+import torch
 from expecttest import assert_expected_inline
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ringcompile.errors import OptionError
-from ringcompile.lowering.transports.choose import choose_transport
-from ringcompile.lowering.transports.copy_engine import _ALIGNMENT, cut_into_places
+from ringcompile.lowering.transports.choose import prepare_transport
+from ringcompile.lowering.transports.copy_engine import (
+    _ALIGNMENT,
+    _BUDGET,
+    CopyEngine,
+    _place_bytes,
+    cut_into_places,
+)
 from ringcompile.mesh import Ranks
 
 
@@ -38,18 +45,25 @@ def test_what_fits_takes_one_place() -> None:
     assert len(cut_into_places([700, 600], 3 * _ALIGNMENT)) == 2
 
 
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+def test_places_for_each_peer_fill_the_buffer(size: int) -> None:
+    place = _place_bytes(size)
+    assert place % _ALIGNMENT == 0
+    assert _BUDGET - 3 * size * _ALIGNMENT < CopyEngine.buffer_bytes(size) <= _BUDGET
+
+
 @pytest.mark.parametrize("asked", ["auto", "p2p"])
 def test_cpu_ranks_send(asked: str) -> None:
-    assert choose_transport(asked, Ranks(0, 2, "any")) == "p2p"
+    prepare_transport(asked, Ranks(0, 2, "any"), [torch.ones(2)])
 
 
 def test_one_rank_has_no_hops() -> None:
-    assert choose_transport("copy_engine", Ranks()) == "p2p"
+    prepare_transport("copy_engine", Ranks(), [torch.ones(2)])
 
 
 def test_copies_need_gpus() -> None:
     with pytest.raises(OptionError) as caught:
-        choose_transport("copy_engine", Ranks(0, 2, "any"))
+        prepare_transport("copy_engine", Ranks(0, 2, "any"), [torch.ones(2)])
     assert_expected_inline(
         str(caught.value),
         """\
