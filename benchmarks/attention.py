@@ -112,7 +112,7 @@ def _ring(**options: object) -> Peer:
         inputs = [x.requires_grad_() for x in _random(sizes, mesh, sizes.tokens)]
         given = {"inputs": "sharded", "layout": "zigzag", **options}
         for x in inputs:  # as activations in a graph have, which is a whole model's
-            torch._dynamo.mark_static_address(x)
+            torch._dynamo.mark_static_address(x)  # noqa: SLF001 - its public name
         compiled = torch.compile(_attend, backend="ring", dynamic=True, options=given)
         yield Call(lambda: compiled(*inputs), inputs)
 
