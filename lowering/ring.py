@@ -29,7 +29,14 @@ from ringcompile.lowering.program import (
     build_program,
     read_plan,
 )
-from ringcompile.lowering.rows import RowSet, Segments, Size, Values, resolve
+from ringcompile.lowering.rows import (
+    RowSet,
+    Segments,
+    Size,
+    Values,
+    lay_by_token,
+    resolve,
+)
 from ringcompile.lowering.scores import (
     add_sinks,
     find_level,
@@ -238,7 +245,7 @@ def attend_ring(  # noqa: PLR0913 - the op's schema
         assert not own_outs, "detached weights say nothing of a sink's"
         out, lse = add_sinks(out, lse, sink_scores(sinks, level, lse))
     own_outs = [own.contiguous() for own in own_outs]
-    return [_lay_by_token(out.to(q.dtype)), lse.contiguous(), *own_outs]
+    return [lay_by_token(out.to(q.dtype)), lse.contiguous(), *own_outs]
 
 
 def _attend_part(
@@ -305,7 +312,7 @@ def find_ring_gradients(  # noqa: PLR0913, PLR0917 - the op's schema
         ),
     )
     found = [
-        _lay_by_token(grad.to(x.dtype))
+        lay_by_token(grad.to(x.dtype))
         for grad, x, need in zip((dq, dk, dv), (q, k, v), needed, strict=False)
         if need
     ]
@@ -411,11 +418,6 @@ def _land_home(
         if tile.sends is not None:
             wide = (x.to(ops.accumulation_dtype(x.dtype)) for x in dkv)
             home.add(*tile.sends.place(tuple(map(tile.sends.unpack, wide))))
-
-
-def _lay_by_token(x: Tensor) -> Tensor:
-    """``x``, a token's rows side by side, as torch's own kernels lay them."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _zeros(xs: Values, rows: Size) -> Values:

@@ -289,8 +289,9 @@ class Segments:
 
         Args:
             empty: gives so many rows, to which nothing was added.
-            dtype: what ``(B, H, n, D)`` is rounded to, before it is put together: a
-                wide copy of all rows would only be read once.
+            dtype: what ``(B, H, n, D)`` is rounded to and laid by token, here and not
+                where it is read next: a wide copy would only be read once, and where
+                nothing is left to do, nothing waits.
         """
         sizes = (
             resolve(stop, self._chunk) - resolve(start, self._chunk)
@@ -306,7 +307,7 @@ class Segments:
                 for values in parts
             ]
         if len(parts) == 1:
-            return parts[0]
+            return parts[0] if dtype is None else tuple(map(lay_by_token, parts[0]))
         join = _join_rows if dtype is None else _join_by_token
         return tuple(map(join, zip(*parts, strict=True)))
 
@@ -315,8 +316,23 @@ def _join_rows(xs: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(xs), 2)
 
 
+def lay_by_token(x: Tensor) -> Tensor:
+    """``x``, a token's rows side by side, as torch's own kernels lay them."""
+    if x.dim() == _LSE_DIM:
+        return x
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def _join_by_token(xs: Sequence[Tensor]) -> Tensor:
     """Rows end to end, all heads of a token side by side."""
     if xs[0].dim() == _LSE_DIM:
         return _join_rows(xs)
-    return torch.cat([x.transpose(1, 2) for x in xs], 1).transpose(1, 2)
+    by_token: Tensor = ops.JOIN([x.transpose(1, 2) for x in xs], 1)
+    return by_token.transpose(1, 2)
+
+
+def _cat(xs: Sequence[Tensor], dim: int) -> Tensor:
+    return torch.cat(list(xs), dim)
+
+
+ops.LIBRARY.impl("join", _cat, "CompositeExplicitAutograd")

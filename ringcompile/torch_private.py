@@ -263,6 +263,16 @@ def register_identity_lowering(op: OpOverload) -> None:
     lowering.register_lowering(op, type_promotion_kind=None)(lambda x, _deps: x)
 
 
+def register_join_lowering(op: OpOverload) -> None:
+    """Teach Inductor an op that is ``cat``, each tensor written where it belongs."""
+    from torch._inductor import ir, lowering  # noqa: PLC0415
+
+    def lower(xs: Any, dim: int) -> object:  # noqa: ANN401 - Inductor's IR
+        return ir.TensorBox(ir.ConcatKernel.create(xs, dim))
+
+    lowering.register_lowering(op, type_promotion_kind=None)(lower)
+
+
 def compile_with_inductor(
     gm: GraphModule,
     example_inputs: Sequence[object],
