@@ -4,17 +4,18 @@
     torchrun --nproc-per-node 2 benchmarks/attention.py --device cpu --tokens 256
 
 Useful TFLOP/s per GPU of forward and backward, bfloat16, B = 1, D = 128, random data,
-medians of ``--rounds`` of four calls in a row, the slowest rank's; ``E`` divides them
-by those of one GPU's own cuDNN kernel at 32k causal in the same run. A peer that does
-not run gives its error. Rows that the file has already are not measured again, and
-keep the E of their own run; errors are tried again. On CPU it is float32, by torch's
-own kernel, at the first length: a way to debug, not to measure.
+medians of ``--rounds``, the slowest rank's. A graph has four attentions, as that of a
+model has its layers', each of inputs of its own; times are of one of them. ``E``
+divides by the TFLOP/s of one GPU's own cuDNN kernel at 32k causal in the same run. A
+peer that does not run gives its error. Rows that the file has already are not measured
+again, and keep the E of their own run; errors are tried again. On CPU it is float32, by
+torch's own kernel, at the first length: a way to debug, not to measure.
 """
 
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ import ringcompile  # noqa: F401 - the backend, in a checkout that is not instal
 
 D = 128
 ONE_GPU_TOKENS = 32768
-_IN_A_ROW = 4
+_ATTENTIONS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class Sizes:
 class Call:
     """Forward, and the tensors that have gradients."""
 
-    forward: Callable[[], Tensor]
+    forward: Callable[[], tuple[Tensor, ...]]
     inputs: list[Tensor]
 
 
@@ -79,7 +80,7 @@ Peer = Callable[[Sizes, DeviceMesh], AbstractContextManager[Call]]
 
 
 def _random(sizes: Sizes, mesh: DeviceMesh, tokens: int) -> list[Tensor]:
-    """q, k and v of that many tokens."""
+    """q, k and v of that many tokens, for each attention."""
     on_gpu = mesh.device_type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     generator = torch.Generator(mesh.device_type).manual_seed(0)
@@ -90,12 +91,15 @@ def _random(sizes: Sizes, mesh: DeviceMesh, tokens: int) -> list[Tensor]:
             device=mesh.device_type,
             dtype=dtype,
         )
-        for n in (sizes.heads, sizes.kv_heads, sizes.kv_heads)
+        for n in (sizes.heads, sizes.kv_heads, sizes.kv_heads) * _ATTENTIONS
     ]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+def _attend(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        for q, k, v in zip(inputs[::3], inputs[1::3], inputs[2::3], strict=True)
+    )
 
 
 @contextmanager
@@ -111,6 +115,8 @@ def _ring(**options: object) -> Peer:
         torch.compiler.reset()
         inputs = [x.requires_grad_() for x in _random(sizes, mesh, sizes.tokens)]
         given = {"inputs": "sharded", "layout": "zigzag", **options}
+        for x in inputs:  # as activations in a graph have, which is a whole model's
+            torch._dynamo.mark_static_address(x)  # noqa: SLF001 - its public name
         compiled = torch.compile(_attend, backend="ring", dynamic=True, options=given)
         yield Call(lambda: compiled(*inputs), inputs)
 
@@ -124,7 +130,9 @@ def _context_parallel(rotate: str) -> Peer:
         set_rotate_method(rotate)
         with ExitStack() as stack:
             stack.enter_context(
-                context_parallel(mesh, buffers=inputs, buffer_seq_dims=[2] * 3)
+                context_parallel(
+                    mesh, buffers=inputs, buffer_seq_dims=[2] * len(inputs)
+                )
             )
             stack.enter_context(_cudnn(mesh))
             stack.callback(lambda: [x.requires_grad_(False) for x in inputs])
@@ -144,18 +152,24 @@ def _cudnn(mesh: DeviceMesh) -> Any:  # noqa: ANN401 - torch's context
 
 PEERS: dict[str, Peer] = {
     "ring": _ring(),
+    "ring, sends": _ring(transport="p2p"),
+    "ring, CUDA graphs": _ring(inductor={"triton.cudagraphs": True}),
     "torch CP, all-to-all": _context_parallel("alltoall"),
     "torch CP, all-gather": _context_parallel("allgather"),
 }
 
 
 def _measure(
-    call: Call, grad: Tensor, sizes: Sizes, mesh: DeviceMesh, rounds: int
+    call: Call,
+    grads: Sequence[Tensor],
+    sizes: Sizes,
+    mesh: DeviceMesh,
+    rounds: int,
 ) -> dict[str, Any]:
     """Milliseconds of forward and of both, medians, and the useful TFLOP/s."""
 
     def step() -> None:
-        torch.autograd.grad(call.forward(), call.inputs, grad)
+        torch.autograd.grad(call.forward(), call.inputs, grads)
 
     times = torch.tensor(
         [_time(call.forward, mesh, rounds), _time(step, mesh, rounds)],
@@ -173,15 +187,14 @@ def _measure(
 
 
 def _time(call: Callable[[], object], mesh: DeviceMesh, rounds: int) -> float:
-    """Median seconds of a call among others, as layer follows layer."""
+    """Median seconds of one attention of a call."""
     found = []
     for number in range(-2, rounds):
         start = _now(mesh)
-        for _ in range(_IN_A_ROW):
-            call()
+        call()
         stop = _now(mesh)
         if number >= 0:
-            found.append((stop - start) / _IN_A_ROW)
+            found.append((stop - start) / _ATTENTIONS)
     return median(found)
 
 
@@ -241,14 +254,14 @@ def _try(peer: Peer, sizes: Sizes, mesh: DeviceMesh, rounds: int) -> dict[str, A
     with ExitStack() as stack:
         try:
             call = stack.enter_context(peer(sizes, mesh))
-            grad = torch.randn_like(call.forward().detach())
-            torch.autograd.grad(call.forward(), call.inputs, grad)
+            grads = [torch.randn_like(out) for out in call.forward()]
+            torch.autograd.grad(call.forward(), call.inputs, grads)
         except Exception as error:
             found = {"error": f"{type(error).__name__}: {error}"[:3000]}
         errors: list[dict[str, Any]] = [{}] * dist.get_world_size()
         dist.all_gather_object(errors, found)
         found = next(filter(None, errors), {})
-        return found or _measure(call, grad, sizes, mesh, rounds)
+        return found or _measure(call, grads, sizes, mesh, rounds)
 
 
 def _save(path: Path | None, rows: dict[str, dict[str, Any]]) -> None:

@@ -103,9 +103,8 @@ class Hops:
     partitioner, which does not ask, never sees a hop.
     """
 
-    def __init__(self, group_name: str, timeout_s: float) -> None:
-        self._group_name = group_name
-        self._timeout_s = timeout_s
+    def __init__(self, group_name: str, timeout_s: float, transport: str) -> None:
+        self._place = (group_name, timeout_s, transport)
         self._after: list[Tensor] = []
 
     def start(
@@ -117,7 +116,7 @@ class Hops:
         """
         results = ops.HOP(
             *(list(payload), self._after, dst, src, [rows] * len(payload)),
-            *(tag.encode(), self._group_name, self._timeout_s),
+            *(tag.encode(), *self._place),
         )
         self._after = list(results[:1])
         return Flight(tuple(results))

@@ -23,6 +23,7 @@ from ringcompile.lowering.expand import COMMUNICATING, communicates, expand_ring
 from ringcompile.torch_private import (
     register_collective_lowering,
     register_identity_lowering,
+    register_join_lowering,
 )
 
 _FOLDERS = ("lowering", "ir", "plan")
@@ -100,3 +101,4 @@ def _register_lowerings() -> None:
     for op in COMMUNICATING:
         register_collective_lowering(op)
     register_identity_lowering(ops.KEEP)
+    register_join_lowering(ops.JOIN)

@@ -48,6 +48,8 @@ class TileProgram:
         sends: rows of this rank's shard that the reader reads; None if none.
         pieces: the kernel calls; their KV rows are counted from the first row read.
         needs: runs of the owner's rows that are read, where no rows are selected.
+        is_one_call: whether on every rank at most one kernel without a mask computes
+            the step, so that its gradients travel as they are: no sum is rounded.
     """
 
     is_own: bool
@@ -58,6 +60,7 @@ class TileProgram:
     sends: RowSet | None
     pieces: tuple[Piece, ...]
     needs: tuple[Rows, ...]
+    is_one_call: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +234,7 @@ def _build_tile(step: Step, part: Part, queries: RowSet, frame: Frame) -> TilePr
         sends=_find_kv(part, frame, (rank, reader), step.tiles[reader].needs),
         pieces=pieces,
         needs=mine.needs,
+        is_one_call=frame.plan.takes_dense_kernels and part.is_one_call(step),
     )
 
 

@@ -29,7 +29,14 @@ from ringcompile.lowering.program import (
     build_program,
     read_plan,
 )
-from ringcompile.lowering.rows import RowSet, Segments, Size, Values, resolve
+from ringcompile.lowering.rows import (
+    RowSet,
+    Segments,
+    Size,
+    Values,
+    lay_by_token,
+    resolve,
+)
 from ringcompile.lowering.scores import (
     add_sinks,
     find_level,
@@ -37,6 +44,7 @@ from ringcompile.lowering.scores import (
     sink_gradient,
     sink_scores,
 )
+from ringcompile.lowering.tiles.dense import gradient_dtype
 from ringcompile.lowering.tiles.pieces import (
     BlockSums,
     attend_piece,
@@ -143,18 +151,22 @@ def _split(plan: RankPlan, rest: Sequence[_T]) -> tuple[list[_T], list[_T]]:
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """What backward reads of this rank's rows; lse is merged over all keys."""
+    """What backward reads of this rank's rows; lse is merged over all keys.
+
+    ``dtype``: what dq, dk and dv are rounded to; None: they are sums to be added to.
+    """
 
     grad_out: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
     lse: Tensor
+    dtype: torch.dtype | None
 
 
 def _hops_of(plan_text: str) -> Hops:
     plan = read_plan(plan_text)
-    return Hops(plan.group_name, plan.timeout_s)
+    return Hops(plan.group_name, plan.timeout_s, plan.transport)
 
 
 def _stages(
@@ -216,8 +228,11 @@ def attend_ring(  # noqa: PLR0913 - the op's schema
     k, v = k.contiguous(), v.contiguous()  # one copy for all hops
     own_outs: list[Tensor] = []
 
+    is_last = len(record.schedule.parts) == 1 and sinks is None
+    dtype = q.dtype if is_last else None
+
     def attend(part: PartProgram) -> Values:
-        out, lse = _attend_part(part, hops, q, (k, v))
+        out, lse = _attend_part(part, hops, q, (k, v), dtype)
         if record.schedule.mixing.is_detached:
             own_outs.append(out.to(q.dtype, copy=True))
         return part.queries.place((out, lse))[1]
@@ -230,24 +245,26 @@ def attend_ring(  # noqa: PLR0913 - the op's schema
         assert not own_outs, "detached weights say nothing of a sink's"
         out, lse = add_sinks(out, lse, sink_scores(sinks, level, lse))
     own_outs = [own.contiguous() for own in own_outs]
-    return [_lay_by_token(out.to(q.dtype)), lse.contiguous(), *own_outs]
+    return [lay_by_token(out.to(q.dtype)), lse.contiguous(), *own_outs]
 
 
-def _attend_part(part: PartProgram, hops: Hops, q: Tensor, kv: Values) -> Values:
-    """Out and lse of one part, over the queries that take part."""
+def _attend_part(
+    part: PartProgram, hops: Hops, q: Tensor, kv: Values, dtype: torch.dtype | None
+) -> Values:
+    """Out, rounded to ``dtype``, and lse of one part, over the queries in it."""
     queries = part.queries.take(q)
     total = part.query_segments(_merge)
     for stage in _stages(part, hops, Phase.FORWARD_KV, kv):
         for tile, tile_kv in stage:
             for piece in tile.pieces:
                 total.add(piece.q, attend_piece(part, tile, piece, queries, tile_kv))
-    dtype, v = ops.accumulation_dtype(q.dtype), kv[1]
+    wide, v = ops.accumulation_dtype(q.dtype), kv[1]
 
     def nothing(rows: Size) -> Values:
-        out = q.new_zeros((*q.shape[:2], rows, v.shape[3]), dtype=dtype)
-        return out, q.new_full((*q.shape[:2], rows), -torch.inf, dtype=dtype)
+        out = q.new_zeros((*q.shape[:2], rows, v.shape[3]), dtype=wide)
+        return out, q.new_full((*q.shape[:2], rows), -torch.inf, dtype=wide)
 
-    return total.join(nothing)
+    return total.join(nothing, dtype=dtype)
 
 
 def _merge(a: Values, b: Values) -> Values:
@@ -276,7 +293,8 @@ def find_ring_gradients(  # noqa: PLR0913, PLR0917 - the op's schema
     record, hops = read_plan(plan), _hops_of(plan)
     k, v = k.contiguous(), v.contiguous()
     lse = torch.where(lse == -torch.inf, torch.inf, lse)
-    shard = _Shard(grad_out.contiguous(), q, k, v, lse)
+    dtype = q.dtype if len(record.schedule.parts) == 1 else None
+    shard = _Shard(grad_out.contiguous(), q, k, v, lse, dtype)
     level = find_level(record, biases, captures, q.shape[2])
     read = read_biases(record, biases, level, needed[4:])
     parts = build_program(plan, q, k, captures, read)
@@ -294,7 +312,7 @@ def find_ring_gradients(  # noqa: PLR0913, PLR0917 - the op's schema
         ),
     )
     found = [
-        _lay_by_token(grad.to(x.dtype))
+        lay_by_token(grad.to(x.dtype))
         for grad, x, need in zip((dq, dk, dv), (q, k, v), needed, strict=False)
         if need
     ]
@@ -337,7 +355,7 @@ def _part_gradients(
     for stage in _stages(part, hops, Phase.BACKWARD_KV, kv):
         landing, under_way = under_way, []
         for tile, tile_kv in stage:
-            dkv = _zeros(kv, 0)
+            dkv = tuple(x[:, :, :0].to(_dkv_dtype(tile, kv)) for x in kv)
             if tile.reads is not None:
                 dkv = _tile_gradients(*(part, tile, queries, tile_kv), dq, of_biases)
             if of_blocks is not None:
@@ -347,9 +365,11 @@ def _part_gradients(
             elif tile.is_own and tile.reads is not None:
                 home.add(*tile.reads.place(dkv))
         _land_home(landing, hops, home)
+    # Before the wait for the last dKV, which nothing else is computed under.
+    own_dq = dq.join(lambda n: _zeros((shard.q,), n), dtype=shard.dtype)
+    _, (dq_shard,) = part.queries.place(own_dq)
     _land_home(under_way, hops, home)
-    _, (dq_shard,) = part.queries.place(dq.join(lambda n: _zeros((shard.q,), n)))
-    dk, dv = home.join(lambda n: _zeros(kv, n))
+    dk, dv = home.join(lambda n: _zeros(kv, n), dtype=shard.dtype)
     return dq_shard, dk, dv, *of_biases.place()
 
 
@@ -362,16 +382,21 @@ def _tile_gradients(
     of_biases: BiasSums,
 ) -> Values:
     """Add to ``dq`` and ``of_biases``; give dk and dv of the KV rows the tile reads."""
-    dkv = part.tile_segments(tile, _add)
+    dkv, dtype = part.tile_segments(tile, _add), _dkv_dtype(tile, kv)
     for piece in tile.pieces:
         piece_dq, *piece_dkv = piece_gradients(
             *(part, tile, piece, queries, kv), of_biases
         )
         dq.add(piece.q, (piece_dq.to(ops.accumulation_dtype(piece_dq.dtype)),))
-        dkv.add(
-            piece.kv, tuple(x.to(ops.accumulation_dtype(x.dtype)) for x in piece_dkv)
-        )
+        dkv.add(piece.kv, tuple(x.to(dtype) for x in piece_dkv))
     return dkv.join(lambda n: _zeros(kv, n))
+
+
+def _dkv_dtype(tile: TileProgram, kv: Values) -> torch.dtype:
+    """What dKV of a tile are summed in, and travel in: alike on all ranks."""
+    if tile.is_one_call and not tile.is_own:
+        return gradient_dtype(*kv)
+    return ops.accumulation_dtype(kv[0].dtype)
 
 
 def _return(part: PartProgram, tile: TileProgram, hops: Hops, dkv: Values) -> Flight:
@@ -391,12 +416,8 @@ def _land_home(
     for tile, flight in landing:
         dkv = hops.land(flight)
         if tile.sends is not None:
-            home.add(*tile.sends.place(tuple(map(tile.sends.unpack, dkv))))
-
-
-def _lay_by_token(x: Tensor) -> Tensor:
-    """``x``, a token's rows side by side, as torch's own kernels lay them."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+            wide = (x.to(ops.accumulation_dtype(x.dtype)) for x in dkv)
+            home.add(*tile.sends.place(tuple(map(tile.sends.unpack, wide))))
 
 
 def _zeros(xs: Values, rows: Size) -> Values:

@@ -4,7 +4,7 @@ The dim of rows is 2 in every tensor here: ``(B, H, T, D)`` and ``(B, H, T)``.
 Invariant: symbolic sizes are never compared, so that no guard on the length is added.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -282,8 +282,17 @@ class Segments:
             there = self._values[i]
             self._values[i] = piece if there is None else self._combine(there, piece)
 
-    def join(self, empty: Callable[[Size], Values]) -> Values:
-        """All rows end to end; ``empty(n)`` gives n rows that nothing was added to."""
+    def join(
+        self, empty: Callable[[Size], Values], *, dtype: torch.dtype | None = None
+    ) -> Values:
+        """All rows end to end.
+
+        Args:
+            empty: gives so many rows, to which nothing was added.
+            dtype: what ``(B, H, n, D)`` is rounded to and laid by token, here and not
+                where it is read next: a wide copy would only be read once, and where
+                nothing is left to do, nothing waits.
+        """
         sizes = (
             resolve(stop, self._chunk) - resolve(start, self._chunk)
             for start, stop in pairwise(self._edges)
@@ -292,6 +301,38 @@ class Segments:
             empty(size) if values is None else values
             for values, size in zip(self._values, sizes, strict=True)
         ]
+        if dtype is not None:
+            parts = [
+                tuple(x if x.dim() == _LSE_DIM else x.to(dtype) for x in values)
+                for values in parts
+            ]
         if len(parts) == 1:
-            return parts[0]
-        return tuple(torch.cat(xs, 2) for xs in zip(*parts, strict=True))
+            return parts[0] if dtype is None else tuple(map(lay_by_token, parts[0]))
+        join = _join_rows if dtype is None else _join_by_token
+        return tuple(map(join, zip(*parts, strict=True)))
+
+
+def _join_rows(xs: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(xs), 2)
+
+
+def lay_by_token(x: Tensor) -> Tensor:
+    """``x``, a token's rows side by side, as torch's own kernels lay them."""
+    if x.dim() == _LSE_DIM:
+        return x
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _join_by_token(xs: Sequence[Tensor]) -> Tensor:
+    """Rows end to end, all heads of a token side by side."""
+    if xs[0].dim() == _LSE_DIM:
+        return _join_rows(xs)
+    by_token: Tensor = ops.JOIN([x.transpose(1, 2) for x in xs], 1)
+    return by_token.transpose(1, 2)
+
+
+def _cat(xs: Sequence[Tensor], dim: int) -> Tensor:
+    return torch.cat(list(xs), dim)
+
+
+ops.LIBRARY.impl("join", _cat, "CompositeExplicitAutograd")

@@ -79,7 +79,8 @@ class Rewritten:
         text = self.graph_text + "\n".join(
             f"{a.plan.index} {a.plan.scale!r} {a.plan.group_name} {a.plan.sources}"
             f" {a.plan.schedule!r} {a.plan.block_order} {a.plan.kernel}"
-            f" {a.plan.dropout!r} {a.plan.softcap!r} {a.plan.biases!r}"
+            f" {a.plan.transport} {a.plan.dropout!r} {a.plan.softcap!r}"
+            f" {a.plan.biases!r}"
             for a in self.attentions
         )
         return hashlib.sha256(text.encode()).hexdigest()

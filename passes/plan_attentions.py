@@ -179,6 +179,7 @@ class Planner:
                 sources=self._sources,
                 block_order=self._options.block_order,
                 kernel=self._options.kernel,
+                transport=self._options.transport,
                 dropout=_plan_dropout(region),
                 softcap=region.softcap,
                 biases=tuple(Bias(is_cut=is_cut(bias)) for bias in region.biases),

@@ -9,6 +9,7 @@ that is not rewritten is compiled exactly as Inductor would.
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from torch.fx import GraphModule
 
@@ -19,6 +20,7 @@ from ringcompile.lowering.inductor import (
     require_kernel,
     sources_hash,
 )
+from ringcompile.lowering.transports.choose import prepare_transport
 from ringcompile.mesh import Ranks, find_ranks
 from ringcompile.passes.artifacts import emit_artifacts
 from ringcompile.passes.block_checks import check_blocks_at_calls
@@ -76,9 +78,12 @@ def ring(
         return compile_with_inductor(gm, example_inputs, patches)
 
     require_kernel(chosen.kernel, example_inputs)
+    prepare = partial(prepare_transport, chosen.transport, ranks, example_inputs)
     compiled = compile_with_inductor(made.gm, example_inputs, inductor_patches(patches))
     compiled = check_blocks_at_calls(compiled, made.block_checks)
-    return agree_at_first_call(compiled, made, gm, ranks, timeout_s=chosen.timeout_s)
+    return agree_at_first_call(
+        compiled, made, gm, ranks, timeout_s=chosen.timeout_s, then=prepare
+    )
 
 
 def rewrite(

@@ -32,7 +32,7 @@ _CHOICES: Mapping[str, _Choice] = MappingProxyType(
         "local_scale": _Choice(("mean", "sum")),
         "unsupported": _Choice(("gather", "error")),
         "kernel": _Choice(("auto", "flex", "math"), ("cudnn", "flash")),
-        "transport": _Choice(("auto", "p2p"), ("copy_engine",)),
+        "transport": _Choice(("auto", "p2p", "copy_engine")),
         "block_order": _Choice(("natural", "hilbert")),
         "verify": _Choice(("off", "plan"), ("numeric",)),
         "mode": _Choice(
@@ -75,7 +75,9 @@ class RingOptions:
             dense, nor of tables of blocks, chosen blocks and dropout, which run by
             plain operators); ``math`` plain operators in float32 or more, slow and
             easy to trust.
-        transport: How hops travel.
+        transport: How hops travel: ``p2p``, by the process group's sends;
+            ``copy_engine``, by the GPUs' own copies of memory that they share; ``auto``
+            takes these where each GPU can read every other's memory.
         stages: Stages that the steps are grouped into, or ``"auto"``.
         block_order: The order in which the blocks of a masked tile are computed.
         hilbert_level: Of ``layout="hilbert"``: n of the curve over ``4^n`` cells; None

@@ -32,6 +32,9 @@ LIBRARY = torch.library.Library("ringcompile", "DEF")
 #   hop, all_gather start communication, `_c10d_functional.wait_tensor` ends it. `deps`
 #                   only order; dst or src = -1: no peer, no rows.
 #   all_reduce      sums over the ranks, which are there when it returns.
+#   join            as `torch.cat`; what makes a tensor writes it to its place, where
+#                   of `cat` Inductor may make one kernel that asks of each element
+#                   whose it is.
 #   keep            a copy of x that is saved for backward, and makes `deps` needed.
 #   row_table       rows of a shard that take part, (heads, n) int64, -1 for no row; or
 #                   which of them travel, and where.
@@ -73,11 +76,12 @@ scale_grad(Tensor x, float factor) -> Tensor;
 find_kept(Tensor seed, Tensor[] at, float rate) -> Tensor;
 
 hop(Tensor[] payload, Tensor[] deps, int dst, int src, SymInt[] recv_rows, int tag,
-    str group_name, float timeout_s) -> Tensor[];
+    str group_name, float timeout_s, str transport="p2p") -> Tensor[];
 all_gather(Tensor x, int cp_size, int tag, str group_name, float timeout_s) -> Tensor;
 all_reduce(Tensor[] xs, int tag, str group_name, float timeout_s) -> Tensor[];
 
 keep(Tensor x, Tensor[] deps) -> Tensor;
+join(Tensor[] xs, int dim) -> Tensor;
 
 row_table(str spec, *, Device device) -> Tensor;
 block_lists(str spec, *, Device device) -> Tensor[];
@@ -116,6 +120,7 @@ HOP = _OPS.hop.default
 ALL_GATHER = _OPS.all_gather.default
 ALL_REDUCE = _OPS.all_reduce.default
 KEEP = _OPS.keep.default
+JOIN = _OPS.join.default
 ROW_TABLE = _OPS.row_table.default
 BLOCK_LISTS = _OPS.block_lists.default
 SUM_UP_BLOCKS = _OPS.sum_up_blocks.default
@@ -158,6 +163,11 @@ def _all_reduce_shapes(xs: Sequence[Tensor], *_rest: object) -> list[Tensor]:
 @torch.library.register_fake("ringcompile::keep", lib=LIBRARY)
 def _keep_shape(x: Tensor, _deps: Sequence[Tensor]) -> Tensor:
     return torch.empty_like(x)
+
+
+@torch.library.register_fake("ringcompile::join", lib=LIBRARY)
+def _join_shape(xs: Sequence[Tensor], dim: int) -> Tensor:
+    return torch.cat(list(xs), dim)
 
 
 @torch.library.register_fake("ringcompile::masked_attention", lib=LIBRARY)

@@ -14,19 +14,25 @@ import sympy
 import torch
 from torch import SymInt, Tensor, nn
 from torch._C import DispatchKey
-from torch._C._distributed_c10d import AllgatherOptions, Work, _register_work
+from torch._C._distributed_c10d import (
+    AllgatherOptions,
+    Work,
+    _register_work,
+)
+from torch._C._distributed_c10d import _SymmetricMemory as SymmetricMemory
 from torch._guards import TracingContext
 from torch._logging._internal import trace_structured
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed import ProcessGroup, distributed_c10d
+from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 
-__all__ = ["Work"]  # the rest is defined here
+__all__ = ["SymmetricMemory", "Work"]  # the rest is defined here
 
 ENCODER_LAYER = torch._transformer_encoder_layer_fwd  # noqa: SLF001
 SET_GRAD_ENABLED = torch._C._set_grad_enabled  # noqa: SLF001
@@ -209,6 +215,21 @@ def start_all_gather(
     return group._allgather_base(gathered.view(-1), x.view(-1), options)  # noqa: SLF001
 
 
+def can_share_memory(device: torch.device) -> bool:
+    """Whether torch maps the memory of other GPUs by CUDA's own means."""
+    return symmetric_memory.get_backend(device) in {None, "CUDA"}
+
+
+def allocate_symmetric(num_bytes: int, device: torch.device) -> Tensor:
+    """Memory that other GPUs can read once ``rendezvous`` has told them."""
+    return symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+
+
+def rendezvous(memory: Tensor, group: ProcessGroup) -> SymmetricMemory:
+    """Exchange memory between the ranks of a group; all of them must come."""
+    return symmetric_memory.rendezvous(memory, group.group_name)
+
+
 def register_work(result: Tensor, work: Work) -> None:
     """Let ``wait_tensor(result)`` end ``work``."""
     _register_work(result, work)
@@ -240,6 +261,16 @@ def register_identity_lowering(op: OpOverload) -> None:
     from torch._inductor import lowering  # noqa: PLC0415
 
     lowering.register_lowering(op, type_promotion_kind=None)(lambda x, _deps: x)
+
+
+def register_join_lowering(op: OpOverload) -> None:
+    """Teach Inductor an op that is ``cat``, each tensor written where it belongs."""
+    from torch._inductor import ir, lowering  # noqa: PLC0415
+
+    def lower(xs: Any, dim: int) -> object:  # noqa: ANN401 - Inductor's IR
+        return ir.TensorBox(ir.ConcatKernel.create(xs, dim))
+
+    lowering.register_lowering(op, type_promotion_kind=None)(lower)
 
 
 def compile_with_inductor(

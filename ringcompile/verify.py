@@ -27,6 +27,7 @@ def agree_at_first_call(
     ranks: Ranks,
     *,
     timeout_s: float,
+    then: Callable[[], None],
 ) -> Callable[..., object]:
     """Wrap ``compiled`` so that its first call compares ranks.
 
@@ -36,6 +37,7 @@ def agree_at_first_call(
         gm: the user's graph, whose placeholders name the inputs.
         ranks: this rank's place.
         timeout_s: a rank that does not come within this time is named.
+        then: what ranks that agree do together, before the first call.
 
     Returns:
         A callable that raises ``RankMismatchError`` at the first call if ranks differ.
@@ -49,6 +51,7 @@ def agree_at_first_call(
         nonlocal pending
         if pending:
             _compare(ranks, made, (names, args), timeout_s)
+            then()
             pending = False
         return compiled(*args)
 

@@ -135,12 +135,12 @@ layout='zig-zag'
 
 def test_a_value_that_is_not_built_is_refused_by_name() -> None:
     assert_expected_inline(
-        refusal({"transport": "copy_engine"}),
+        refusal({"kernel": "flash"}),
         """\
-transport='copy_engine'
+kernel='flash'
   at: options
   because: not built yet
-  instead: 'auto' or 'p2p'""",
+  instead: 'auto' or 'flex' or 'math'""",
     )
 
 
@@ -149,7 +149,6 @@ transport='copy_engine'
     [
         {"kernel": "cudnn"},
         {"kernel": "flash"},
-        {"transport": "copy_engine"},
         {"verify": "numeric"},
     ],
     ids=str,
@@ -199,8 +198,8 @@ def test_unknown_mode_names_the_nearest() -> None:
 
 
 def test_a_record_built_directly_is_checked_too() -> None:
-    with pytest.raises(OptionError, match="copy_engine"):
-        RingOptions(transport="copy_engine")
+    with pytest.raises(OptionError, match="flash"):
+        RingOptions(kernel="flash")
 
 
 def test_environment_is_read() -> None:

@@ -38,9 +38,19 @@ def choose_backend(q: Tensor, v: Tensor) -> Backend:
     if q.device.type != "cuda" or q.dtype not in _CUDA_DTYPES or D % 8:
         return Backend.MATH
     # Hopper: 620 TFLOP/s forward by cuDNN, 340 by aten's flash (FACTS.md section 1).
-    if torch.cuda.get_device_capability(q.device) >= (9, 0) and D <= 128:  # noqa: PLR2004
+    # But cuDNN's backward adds dq up in any order, and aten can't ask it not to.
+    is_hopper = torch.cuda.get_device_capability(q.device) >= (9, 0)
+    may_vary = not torch.are_deterministic_algorithms_enabled()
+    if is_hopper and may_vary and D <= 128:  # noqa: PLR2004
         return Backend.CUDNN
     return Backend.CUDA_FLASH if D <= 256 else Backend.MATH  # noqa: PLR2004
+
+
+def gradient_dtype(q: Tensor, v: Tensor) -> torch.dtype:
+    """What ``attend_backward`` gives."""
+    if choose_backend(q, v) in {Backend.CUDNN, Backend.CUDA_FLASH}:
+        return q.dtype
+    return ops.accumulation_dtype(q.dtype)
 
 
 def attend(

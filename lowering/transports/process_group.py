@@ -2,8 +2,8 @@
 
 A hop or a gather registers a work with its results, and ``wait_tensor`` ends it; a sum
 waits by itself. Invariant: no wait outlasts ``timeout_s`` on gloo, and one that fails
-names rank, peer and step. On NCCL a wait only orders streams; there the group's own
-watchdog ends a hang.
+names rank, peer and step. On NCCL, and by copies, a wait only orders streams; there the
+group's own watchdog ends a hang.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from torch import Tensor
 from ringcompile import ops
 from ringcompile.errors import TransportError
 from ringcompile.lowering.hops import Tag
+from ringcompile.lowering.transports.choose import find_engine
 from ringcompile.torch_private import (
     Work,
     find_group,
@@ -113,14 +114,21 @@ def _hop(  # noqa: PLR0913, PLR0917 - the op's schema
     tag: int,
     group_name: str,
     timeout_s: float,
+    transport: str = "p2p",
 ) -> list[Tensor]:
     received = [
         x.new_empty((*x.shape[:-2], rows, x.shape[-1]))
         for x, rows in zip(payload, recv_rows, strict=True)
     ]
     group = find_group(group_name)
-    _warm_up(group, payload[0])
+    engine = find_engine(transport, group) if payload[0].is_cuda else None
     sent = [x.contiguous() for x in payload]
+    if engine is not None:
+        flying = engine.start(sent, received, Tag.decode(tag), dst=dst, src=src)
+        for x in received:
+            register_work(x, flying)
+        return received
+    _warm_up(group, payload[0])
     # Rows travel only where there are some; both ends know how many there are.
     sends = [x for x in sent if dst >= 0 and x.numel()]
     receives = [x for x in received if src >= 0 and x.numel()]

@@ -50,6 +50,8 @@ class RankPlan:
             ``natural``, query rows after query rows, or ``hilbert``, along the curve.
         kernel: ``auto``: each tile by the device's best kernel; ``flex``: by generated
             ones, where they carry its mask; ``math``: by plain operators.
+        transport: how hops travel: ``p2p``, by the process group; ``copy_engine``, by
+            copies out of the sender's memory; ``auto``: by these where they can.
         dropout: of weights; None if none is dropped.
         softcap: scaled scores x become ``softcap * tanh(x / softcap)`` before biases
             are added; None: they stay.
@@ -66,6 +68,7 @@ class RankPlan:
     sources: str
     block_order: str = "natural"
     kernel: str = "auto"
+    transport: str = "p2p"
     dropout: Dropout | None = None
     softcap: float | None = None
     biases: tuple[Bias, ...] = ()
@@ -81,3 +84,8 @@ class RankPlan:
         return (
             self.kernel != "math" and self.dropout is None and not self.changes_scores
         )
+
+    @property
+    def takes_dense_kernels(self) -> bool:
+        """Whether such kernels do compute all of those tiles."""
+        return self.is_dense and self.kernel != "flex"

@@ -221,6 +221,15 @@ class Part:
         """All steps in order; the first is the rank's own KV (shift 0)."""
         return tuple(step for stage in self.stages for step in stage)
 
+    def is_one_call(self, step: Step) -> bool:
+        """Whether on every rank one kernel without a mask computes a step, if any."""
+        return self.selection is None and all(
+            len(tile.pieces) <= 1
+            and len(tile.needs) <= 1
+            and all(piece.kernel is not Kernel.MASKED for piece in tile.pieces)
+            for tile in step.tiles
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Schedule:

@@ -59,6 +59,7 @@ def format_plan(plan: RankPlan) -> str:
             "sources": plan.sources,
             "block_order": plan.block_order,
             "kernel": plan.kernel,
+            "transport": plan.transport,
             "dropout": plan.dropout and [plan.dropout.rate, plan.dropout.seed],
             "softcap": plan.softcap,
             "biases": [[bias.is_cut, bias.is_relative] for bias in plan.biases],

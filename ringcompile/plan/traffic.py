@@ -19,7 +19,7 @@ BATCH, KV_HEADS, LENGTH = sympy.symbols("B G S", positive=True, integer=True)
 """Batches, KV heads and keys: KV travels, queries never do."""
 HEAD_SIZE, VALUE_SIZE = sympy.symbols("D E", positive=True, integer=True)
 ITEM_BYTES = sympy.Symbol("item_bytes", positive=True, integer=True)
-GRAD_BYTES = 4  # dKV travels as float32 whatever the model's dtype
+GRAD_BYTES = 4  # dKV travels as float32, or at most so (Part.is_one_call)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Traffic:
 
     Attributes:
         forward: KV, in ``B, G, S, D, E`` and ``item_bytes``.
-        backward: KV again, and dKV in float32.
+        backward: KV again, and dKV as sums in float32.
     """
 
     forward: sympy.Expr

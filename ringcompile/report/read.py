@@ -10,13 +10,14 @@ from torch.fx import GraphModule, Node
 from ringcompile.config import RingOptions
 from ringcompile.ir.schedule import Schedule
 from ringcompile.lowering.inductor import sources_hash
+from ringcompile.lowering.tiles.dense import gradient_dtype
 from ringcompile.mesh import Ranks
 from ringcompile.ops import accumulation_dtype
 from ringcompile.passes.caches import CACHE_ADVICE, find_cache_outputs
 from ringcompile.passes.pipeline import Rewritten, run_passes
 from ringcompile.passes.places import find_place
 from ringcompile.passes.plan_attentions import PlannedAttention
-from ringcompile.passes.regions import Refusal, Region
+from ringcompile.passes.regions import Refusal
 from ringcompile.passes.text import format_graph
 from ringcompile.report.records import (
     AttentionReport,
@@ -173,18 +174,23 @@ class _Row:
     Attributes:
         kv_bytes: K and V.
         dkv_bytes: their gradients, which travel in the dtype they are summed in.
+        one_call_bytes: those that one kernel computes: as it gives them.
     """
 
     kv_bytes: int
     dkv_bytes: int
+    one_call_bytes: int
 
     @classmethod
-    def of(cls, region: Region) -> "_Row":
+    def of(cls, planned: PlannedAttention) -> "_Row":
+        region = planned.region
         k, v = (o.node.meta["val"] for o in (region.k, region.v))
         length = size_hint(region.k.shape[2])
         count = (bytes_of(k) + bytes_of(v)) // k.element_size() // length
-        wide = accumulation_dtype(k.dtype).itemsize
-        return cls(count * k.element_size(), count * wide)
+        wide = one_call = accumulation_dtype(k.dtype).itemsize
+        if planned.plan.takes_dense_kernels:
+            one_call = gradient_dtype(k, v).itemsize
+        return cls(count * k.element_size(), count * wide, count * one_call)
 
 
 def _read_schedules(made: Rewritten) -> Iterator[ScheduleReport]:
@@ -193,12 +199,16 @@ def _read_schedules(made: Rewritten) -> Iterator[ScheduleReport]:
     for attention in made.attentions:
         region = attention.region
         length = size_hint(region.k.shape[2])
-        key = (attention.plan.schedule, _Row.of(region), length)
+        key = (attention.plan.schedule, _Row.of(attention), length)
         name = find_place(region.output).module or region.output.name
         groups.setdefault(key, []).append(name)
     for (schedule, row, length), names in groups.items():
         steps = read_steps(
-            schedule, kv_bytes=row.kv_bytes, dkv_bytes=row.dkv_bytes, length=length
+            schedule,
+            kv_bytes=row.kv_bytes,
+            dkv_bytes=row.dkv_bytes,
+            length=length,
+            one_call_bytes=row.one_call_bytes,
         )
         yield ScheduleReport(tuple(names), str(schedule), tuple(steps))
 

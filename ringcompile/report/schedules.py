@@ -11,7 +11,12 @@ from ringcompile.report.records import StepReport
 
 
 def read_steps(
-    schedule: Schedule, *, kv_bytes: int, dkv_bytes: int, length: int
+    schedule: Schedule,
+    *,
+    kv_bytes: int,
+    dkv_bytes: int,
+    length: int,
+    one_call_bytes: int | None = None,
 ) -> Iterator[StepReport]:
     """Yield what each step of a schedule moves; the first needs no hop and is left out.
 
@@ -19,18 +24,22 @@ def read_steps(
         schedule: what all ranks do.
         kv_bytes: of one row of K and V, all batches and KV heads together.
         dkv_bytes: the same of their gradients.
+        one_call_bytes: the same of gradients that one kernel computes, if it is less.
         length: keys: they travel, queries do not.
     """
     firsts = list(accumulate((len(p.steps) for p in schedule.parts), initial=0))
     sent = _count_rows(schedule, length)
     for step, part in dict.fromkeys((step, part) for _, step, part in sent):
         kv, kv_again, dkv = (sent[phase, step, part] for phase in Phase)
+        plan, home_bytes = schedule.parts[part], dkv_bytes
+        if one_call_bytes and plan.is_one_call(plan.steps[step - firsts[part]]):
+            home_bytes = one_call_bytes
         yield StepReport(
             part=part,
             step=step - firsts[part],
             forward_bytes=tuple(int(rows * kv_bytes) for rows in kv),
             backward_bytes=tuple(
-                int(rows * kv_bytes + home * dkv_bytes)
+                int(rows * kv_bytes + home * home_bytes)
                 for rows, home in zip(kv_again, dkv, strict=True)
             ),
         )

@@ -2,10 +2,11 @@ import pytest
 from expecttest import assert_expected_inline
 
 from ringcompile.ir.layout import Layout
-from ringcompile.ir.mask import Mask, causal
+from ringcompile.ir.mask import Mask, causal, window
 from ringcompile.ir.schedule import Coverage, Rows, Selection, Step
 from ringcompile.plan.stages import build_schedule
 from ringcompile.plan.tiles import EMPTY_TILE
+from ringcompile.report.schedules import read_steps
 
 
 def test_a_causal_schedule_prints() -> None:
@@ -42,6 +43,23 @@ def test_rows_are_affine_in_the_chunk_length() -> None:
 
 def test_a_step_without_work_is_idle() -> None:
     assert Step(1, (EMPTY_TILE, EMPTY_TILE)).is_idle
+
+
+def test_one_kernel_computes_each_step_of_a_causal_zigzag() -> None:
+    layout = Layout("zigzag", 4)
+    for mask, is_one_call in ((causal(), True), (causal() & window(5), False)):
+        (part,) = build_schedule([(Mask(mask), None)], layout, 64).parts
+        assert {part.is_one_call(step) for step in part.steps} == {is_one_call}
+
+
+def test_gradients_of_one_kernel_travel_as_it_gives_them() -> None:
+    schedule = build_schedule([(Mask(causal()), None)], Layout("zigzag", 2), 64)
+    sizes = {"kv_bytes": 2, "dkv_bytes": 4, "length": 64}
+    (wide,) = read_steps(schedule, **sizes)
+    (narrow,) = read_steps(schedule, **sizes, one_call_bytes=2)
+    assert wide.forward_bytes == narrow.forward_bytes == (32, 64)
+    assert wide.backward_bytes == (32 + 128, 64 + 64)
+    assert narrow.backward_bytes == (32 + 64, 64 + 32)
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,8 @@ null],
 "/ needs 0:c masked 0:c 0:c"]]]}]},
 "softcap":null,
 "sources":"abc",
-"timeout_s":600.0}""",
+"timeout_s":600.0,
+"transport":"p2p"}""",
     )
 
 

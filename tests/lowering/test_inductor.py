@@ -1,13 +1,19 @@
 """What Inductor is told."""
 
+import re
+from collections.abc import Callable
+
 import torch
-from torch.fx import Graph
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code  # noqa: TID251
+from torch.fx import Graph, GraphModule
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ringcompile import ops
 from ringcompile.inductor_passes import GraphPass, pass_uuid
 from ringcompile.lowering import inductor
 from ringcompile.lowering.inductor import inductor_patches, sources_hash
+from ringcompile.torch_private import compile_with_inductor
 
 
 def joint_graph() -> Graph:
@@ -74,3 +80,22 @@ def test_caches_know_our_pass_but_not_an_anonymous_one() -> None:
 def test_sources_are_all_that_give_a_plan_its_meaning() -> None:
     names = {f.name for f in inductor.source_files()}
     assert {"ring.py", "process_group.py", "ops.py", "schedule.py"} <= names
+
+
+def test_joined_rows_are_written_where_they_belong() -> None:
+    """What makes them writes into the result: none of them is copied."""
+
+    def join(x: Tensor, y: Tensor) -> Tensor:
+        joined: Tensor = ops.JOIN([x.sin().mT, y.cos().mT], 1)
+        return joined.mT
+
+    def backend(gm: GraphModule, example: list[Tensor]) -> Callable[..., object]:
+        return compile_with_inductor(gm, example, inductor_patches({}))
+
+    x, y = torch.randn(2, 5, 3), torch.randn(2, 5, 4)
+    call = torch.compile(join, backend=backend, dynamic=False)
+    out, (code, *_) = run_and_get_code(call, x, y)
+    torch.testing.assert_close(out, torch.cat([x.sin(), y.cos()], 2))
+    torch.testing.assert_close(out, join(x, y))
+    allocated = re.findall(r"= empty_strided_cpu\((\(.*?\))", code)
+    assert allocated == ["(2, 7, 5)"]

@@ -1,0 +1,115 @@
+"""Hops by copies on two GPUs: the bits that NCCL brings, whatever the sizes.
+
+pytest -q -m gpu tests/gpu/test_copy_engine_gpu.py
+"""
+
+import os
+import socket
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+import ringcompile
+from ringcompile import ops
+from ringcompile.lowering.transports.choose import prepare_transport
+from ringcompile.mesh import Ranks
+from ringcompile.torch_private import WAIT_TENSOR
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+
+# Rows, heads, features: odd, tiny, and more than all places of a buffer hold.
+SIZES = [(1, 1, 1), (517, 3, 33), (4096, 8, 128), (90000, 16, 128)]
+
+
+def _hop(xs: list[Tensor], dst: int, src: int, rows: int, road: str) -> list[Tensor]:
+    assert dist.group.WORLD is not None
+    place = (0, dist.group.WORLD.group_name, 60.0, road)
+    started = ops.HOP(xs, [], dst, src, [rows] * len(xs), *place)
+    return [WAIT_TENSOR(x) for x in started]
+
+
+def _check_hops(rank: int) -> None:
+    assert dist.group.WORLD is not None
+    name = dist.group.WORLD.group_name
+    prepare_transport("copy_engine", Ranks(rank, 2, name), [torch.ones(1).cuda()])
+    random = torch.Generator("cuda").manual_seed(rank)
+    for rows, heads, features in SIZES * 3:
+        for dtype in (torch.bfloat16, torch.float32):
+            shape = (1, heads, rows, features)
+            options: Any = {"generator": random, "device": "cuda", "dtype": dtype}
+            xs = [torch.randn(shape, **options) for _ in range(2)]
+            around = [_hop(xs, 1 - rank, 1 - rank, rows, r) for r in ROADS]
+            sent = xs if rank == 0 else [x[:, :, :0] for x in xs]
+            ends = (1, -1, 0) if rank == 0 else (-1, 0, rows)
+            one_way = [_hop(sent, *ends, r) for r in ROADS]
+            for a, b in (around, one_way):
+                assert all(map(torch.equal, a, b))
+
+
+ROADS = ("p2p", "copy_engine")
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def _check_rings(rank: int) -> None:
+    """Each road, and CUDA graphs, give the same bits; so does a second run."""
+    torch.use_deterministic_algorithms(mode=True)  # cuDNN adds dq up in any order
+    random = torch.Generator("cuda").manual_seed(0)
+    options: Any = {"generator": random, "device": "cuda", "dtype": torch.bfloat16}
+    whole = [torch.randn(1, n, 1024, 64, **options) for n in (4, 2, 2, 4)]
+    q, k, v, grad = (ringcompile.shard(x, 2, layout="zigzag").clone() for x in whole)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    found = []
+    for given in (
+        {"transport": "p2p"},
+        {"transport": "copy_engine"},
+        {"inductor": {"triton.cudagraphs": True}},
+    ):
+        torch.compiler.reset()
+        chosen: Any = {"inputs": "sharded", "layout": "zigzag"} | given
+        call = torch.compile(_attend, backend="ring", dynamic=True, options=chosen)
+        for _ in range(4):
+            torch.compiler.cudagraph_mark_step_begin()
+            out = call(*inputs)
+            grads = torch.autograd.grad(out, inputs, grad)
+            found.append([x.clone() for x in (out.detach(), *grads)])
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+    wide = [x.double().requires_grad_() for x in whole[:3]]
+    want = _attend(*wide)
+    true = [want, *torch.autograd.grad(want, wide, whole[3].double())]
+    for x, y in zip(found[0], true, strict=True):
+        mine = ringcompile.shard(y.detach(), 2, layout="zigzag")
+        assert (x.double() - mine).norm() < 0.01 * mine.norm()
+
+
+def _run(rank: int, port: int, check: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.cuda.set_device(rank)
+    device = torch.device("cuda", rank)
+    dist.init_process_group("nccl", rank=rank, world_size=2, device_id=device)
+    try:
+        CHECKS[check](rank)
+    finally:
+        dist.destroy_process_group()
+
+
+CHECKS = {"hops": _check_hops, "rings": _check_rings}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_copies_bring_what_sends_bring(check: str) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    spawn(_run, (port, check), nprocs=2)

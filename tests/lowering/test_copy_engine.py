@@ -1,0 +1,74 @@
+"""What a hop by copies puts where, and who may ask for one; tests/gpu runs it."""
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringcompile.errors import OptionError
+from ringcompile.lowering.transports.choose import prepare_transport
+from ringcompile.lowering.transports.copy_engine import (
+    _ALIGNMENT,
+    _BUDGET,
+    CopyEngine,
+    _place_bytes,
+    cut_into_places,
+)
+from ringcompile.mesh import Ranks
+
+
+@given(
+    st.lists(st.integers(0, 5 * _ALIGNMENT), max_size=4),
+    st.integers(1, 4).map(lambda n: n * _ALIGNMENT),
+)
+def test_every_byte_has_one_place_and_order_is_kept(
+    sizes: list[int], capacity: int
+) -> None:
+    places = cut_into_places(sizes, capacity)
+    slices = [s for place in places for s in place]
+    covered = [(s.tensor, byte) for s in slices for byte in range(s.start, s.stop)]
+    assert covered == [
+        (t, byte) for t, size in enumerate(sizes) for byte in range(size)
+    ]
+    for place in places:
+        stop = 0
+        for s in place:
+            assert s.offset >= stop
+            assert s.offset % _ALIGNMENT == 0
+            stop = s.offset + s.stop - s.start
+        assert 0 < stop <= capacity
+
+
+def test_what_fits_takes_one_place() -> None:
+    assert len(cut_into_places([700, 300], 3 * _ALIGNMENT)) == 1
+    assert len(cut_into_places([700, 600], 3 * _ALIGNMENT)) == 2
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+def test_places_for_each_peer_fill_the_buffer(size: int) -> None:
+    place = _place_bytes(size)
+    assert place % _ALIGNMENT == 0
+    assert _BUDGET - 3 * size * _ALIGNMENT < CopyEngine.buffer_bytes(size) <= _BUDGET
+
+
+@pytest.mark.parametrize("asked", ["auto", "p2p"])
+def test_cpu_ranks_send(asked: str) -> None:
+    prepare_transport(asked, Ranks(0, 2, "any"), [torch.ones(2)])
+
+
+def test_one_rank_has_no_hops() -> None:
+    prepare_transport("copy_engine", Ranks(), [torch.ones(2)])
+
+
+def test_copies_need_gpus() -> None:
+    with pytest.raises(OptionError) as caught:
+        prepare_transport("copy_engine", Ranks(0, 2, "any"), [torch.ones(2)])
+    assert_expected_inline(
+        str(caught.value),
+        """\
+transport='copy_engine'
+  at: options
+  because: not every rank's GPU can read every other's memory
+  instead: transport='auto', or 'p2p'""",
+    )
