@@ -71,7 +71,8 @@ def _make_engine(group: dist.ProcessGroup) -> CopyEngine | None:
     device = torch.device("cuda", torch.cuda.current_device())
     if not all(_ask(group, _reaches_all(group, device))):
         return None
-    size = CopyEngine.buffer_bytes(group.size())
+    memory_bytes = torch.cuda.get_device_properties(device).total_memory
+    size = CopyEngine.buffer_bytes(group.size(), min(_ask(group, memory_bytes)))
     try:
         memory = allocate_symmetric(size, device)
     except RuntimeError:

@@ -20,8 +20,11 @@ from torch import Tensor
 from ringcompile.lowering.hops import Tag
 from ringcompile.torch_private import SymmetricMemory, Work, rendezvous
 
-_BUDGET = 512 * 2**20
-"""Bytes of a rank's buffer, whatever the number of ranks; larger hops go in parts."""
+_BUDGET = 4 * 2**30
+_SHARE = 32
+"""Bytes of a rank's buffer, whatever the number of ranks, and what part of its GPU's
+memory they may be. Larger hops go in parts, and kernels wait while those wait for
+places: on 4 H200s a ring whose hops had 5 parts took 82.6 ms, torch's own 70.9."""
 
 _PLACES = 3
 """Parts of a buffer for each peer: one is filled, one read, one waits."""
@@ -85,6 +88,7 @@ class CopyEngine:
             memory: ``buffer_bytes`` bytes of what GPUs can share.
         """
         self._rank, self._size, self._own = group.rank(), group.size(), memory
+        self._place_bytes = memory.numel() // ((self._size - 1) * _PLACES)
         self._shared: SymmetricMemory = rendezvous(memory, group)
         self._buffers = [
             self._shared.get_buffer(rank, memory.shape, torch.uint8)
@@ -98,9 +102,14 @@ class CopyEngine:
                 self._shared.put_signal(peer, _is_free(place))
 
     @staticmethod
-    def buffer_bytes(size: int) -> int:
-        """Bytes of a rank's buffer in a group of that size."""
-        return (size - 1) * _PLACES * _place_bytes(size)
+    def buffer_bytes(size: int, gpu_bytes: int) -> int:
+        """Bytes of a rank's buffer in a group of that size, on GPUs of so much memory.
+
+        They are a multiple of the places and of what aligns those.
+        """
+        places = (size - 1) * _PLACES
+        room = min(_BUDGET, gpu_bytes // _SHARE)
+        return room // (places * _ALIGNMENT) * places * _ALIGNMENT
 
     def start(
         self,
@@ -156,7 +165,7 @@ class CopyEngine:
         """The parts of a hop, through the owner's places for a reader."""
         if min(owner, reader) < 0:
             return
-        xs, size = list(map(_bytes, tensors)), _place_bytes(self._size)
+        xs, size = list(map(_bytes, tensors)), self._place_bytes
         cut = cut_into_places([x.numel() for x in xs], size)
         places_of_reader = (reader - (reader > owner)) * _PLACES
         for number, slices in enumerate(cut, first):
@@ -186,10 +195,6 @@ class _Flying(Work):
         if self._arrived is not None:
             torch.cuda.current_stream().wait_event(self._arrived)
         return True
-
-
-def _place_bytes(size: int) -> int:
-    return _BUDGET // ((size - 1) * _PLACES) // _ALIGNMENT * _ALIGNMENT
 
 
 def _is_full(place: int) -> int:

@@ -11,8 +11,8 @@ from ringcompile.lowering.transports.choose import prepare_transport
 from ringcompile.lowering.transports.copy_engine import (
     _ALIGNMENT,
     _BUDGET,
+    _SHARE,
     CopyEngine,
-    _place_bytes,
     cut_into_places,
 )
 from ringcompile.mesh import Ranks
@@ -47,9 +47,11 @@ def test_what_fits_takes_one_place() -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
 def test_places_for_each_peer_fill_the_buffer(size: int) -> None:
-    place = _place_bytes(size)
-    assert place % _ALIGNMENT == 0
-    assert _BUDGET - 3 * size * _ALIGNMENT < CopyEngine.buffer_bytes(size) <= _BUDGET
+    for gpu_bytes in (80 * 2**30 + 1, 2**50):
+        room = min(_BUDGET, gpu_bytes // _SHARE)
+        found = CopyEngine.buffer_bytes(size, gpu_bytes)
+        assert found % (3 * (size - 1) * _ALIGNMENT) == 0
+        assert room - 3 * size * _ALIGNMENT < found <= room
 
 
 @pytest.mark.parametrize("asked", ["auto", "p2p"])
