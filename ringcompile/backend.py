@@ -64,7 +64,7 @@ def ring(
     chosen = read_options(options, mode)
     ranks = find_ranks(chosen.mesh)
     patches = mode_patches(mode) | chosen.inductor_patches
-    if ranks.is_alone and chosen.is_exact:
+    if ranks.is_alone and chosen.is_exact and chosen.kernel == "auto":
         return compile_with_inductor(gm, example_inputs, patches)
 
     if chosen.replicated_factor(ranks.size) != 1:
