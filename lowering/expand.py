@@ -129,7 +129,7 @@ def _call(graph: Graph, nodes: Sequence[Node], body: GraphModule) -> None:
         # anew.
         node.args, node.kwargs = (child, name, *_operands(node)), {}
         node.target = call_graph
-        node.meta.pop("eager_input_vals", None)
+        node.meta.pop("eager_input_vals", None)  # the ring's, not the call's
 
 
 def _add_child(graph: Graph, name: str, child: object) -> str:

@@ -191,8 +191,8 @@ def _all_reduce(
 ) -> list[Tensor]:
     """Sum each tensor over the ranks, through one flat buffer per dtype.
 
-    Nothing can overlap it: sums are asked for where they are needed, gradients of
-    parameters all at once when the last is there.
+    Nothing overlaps it: a sum is asked for where it is needed, those of a bucket of
+    gradients when the last of them is there.
     """
     group = find_group(group_name)
     options = dist.AllreduceOptions()

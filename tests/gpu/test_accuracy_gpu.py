@@ -3,8 +3,6 @@
 pytest -q -m gpu tests/gpu/test_accuracy_gpu.py
 """
 
-import os
-import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from support.gpus import run_on_gpus
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code  # noqa: TID251
-from torch.multiprocessing.spawn import spawn
 
 import ringcompile
 
@@ -111,24 +109,10 @@ def _check_bits(_rank: int, kernel: str) -> None:
 CHECKS = {"errors": _check, "bits": _check_bits}
 
 
-def _run(rank: int, size: int, port: int, check: str, kernel: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.cuda.set_device(rank)
-    device = torch.device("cuda", rank)
-    dist.init_process_group("nccl", rank=rank, world_size=size, device_id=device)
-    try:
-        CHECKS[check](rank, kernel)
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("kernel", ["auto", "flex"])
 @pytest.mark.parametrize("check", CHECKS)
 def test_a_ring_is_as_exact_as_one_gpu(size: int, kernel: str, check: str) -> None:
     if torch.cuda.device_count() < size:
         pytest.skip(f"needs {size} GPUs")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    spawn(_run, (size, port, check, kernel), nprocs=size)
+    run_on_gpus(CHECKS[check], kernel, num_ranks=size)

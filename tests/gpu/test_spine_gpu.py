@@ -3,14 +3,13 @@
 pytest -q -m gpu tests/gpu
 """
 
-import os
-import socket
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from support.compiling import compile_ring
+from support.gpus import run_on_gpus
 from support.spine_models import (
     Inputs,
     Outcome,
@@ -21,7 +20,6 @@ from support.spine_models import (
     run_step,
 )
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,25 +36,18 @@ def _cpu(outcome: Outcome) -> Outcome:
     return Outcome(outcome.loss.cpu(), outcome.logits.cpu(), grads)
 
 
-def _run_rank(rank: int, world_size: int, port: int, name: str, length: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.cuda.set_device(rank)
-    device = torch.device("cuda", rank)
-    dist.init_process_group("nccl", rank=rank, world_size=world_size, device_id=device)
-    try:
-        row = find_model(name)
-        inputs = row.make_inputs(length)
-        want = run_reference(row, "sdpa", inputs)
-        model = build_model(row, "sdpa", torch.bfloat16).to(device)
-        ring, record = compile_ring(model, dist.group.WORLD)
-        got = _cpu(run_step(model, ring, _to_gpu(inputs)))
-        alone: Any = torch.compile(model, backend="inductor")
-        one_rank = _cpu(run_step(model, alone, _to_gpu(inputs)))
-        assert len(record.rings) == row.num_layers
-        assert record.num_graphs == 1
-        assert_step_no_worse_than_one_rank(got, one_rank, want)
-    finally:
-        dist.destroy_process_group()
+def _check(_rank: int, name: str, length: int) -> None:
+    row = find_model(name)
+    inputs = row.make_inputs(length)
+    want = run_reference(row, "sdpa", inputs)
+    model = build_model(row, "sdpa", torch.bfloat16).cuda()
+    ring, record = compile_ring(model, dist.group.WORLD)
+    got = _cpu(run_step(model, ring, _to_gpu(inputs)))
+    alone: Any = torch.compile(model, backend="inductor")
+    one_rank = _cpu(run_step(model, alone, _to_gpu(inputs)))
+    assert len(record.rings) == row.num_layers
+    assert record.num_graphs == 1
+    assert_step_no_worse_than_one_rank(got, one_rank, want)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +55,4 @@ def _run_rank(rank: int, world_size: int, port: int, name: str, length: int) -> 
     [("llama", 256), ("llama", 2048), ("llama left-padded", 256), ("bert padded", 256)],
 )
 def test_bfloat16_over_nccl_loses_no_more_than_one_rank(name: str, length: int) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    spawn(_run_rank, (2, port, name, length), nprocs=2)
+    run_on_gpus(_check, name, length, num_ranks=2)

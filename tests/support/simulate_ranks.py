@@ -227,7 +227,7 @@ def _hop(
     tag: int,
     _group_name: str,
     _timeout_s: float,
-    _transport: str,
+    _transport: str = "p2p",  # what is the default is not passed
 ) -> list[Tensor]:
     received = [
         _unknown(x, (*x.shape[:-2], rows, x.shape[-1]))
