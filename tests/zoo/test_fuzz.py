@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support import fuzz_checks
 from support.compiling import compile_ring
 from support.fuzz_checks import (
     Verdict,
@@ -153,3 +154,19 @@ def test_behind_a_tie_faults_are_found_and_ranks_agree() -> None:
         ([first, scale(second, 1 + 1e-7)], Verdict.WRONG),
     ):
         assert _judge(program, made, found, reference).verdict is verdict
+
+
+def test_rounding_beside_a_row_without_keys_is_told_from_a_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fuzz_checks, "_TIES", 4)
+    # torch's CPU kernel is wrong in that row, so plain operators are the reference.
+    program = write_program(605736)
+    reference = run_program(program, program.run, torch.float64)
+    made, outcomes = _simulate(program)
+    assert _judge(program, made, outcomes, reference).verdict is Verdict.ROUNDING
+    grad = outcomes[0].grads["p3"]
+    assert grad is not None
+    grads = outcomes[0].grads | {"p3": grad * (1 + 1e-4)}
+    wrong = [replace(x, grads=grads) for x in outcomes]
+    assert _judge(program, made, wrong, reference).verdict is Verdict.WRONG
