@@ -81,9 +81,8 @@ def _find_band(keeps: Boolean, q: Strip, kv: Strip) -> Band | None:
     if decision.coverage is Coverage.EMPTY:
         return Band(0, -1)
     stride = q.span.stride
-    if decision.undecided and (
-        None not in {q.order, kv.order} or stride != kv.span.stride
-    ):
+    is_run = q.order is None and kv.order is None and stride == kv.span.stride
+    if decision.undecided and not is_run:
         return None
     apart = q.span.start[1] - kv.span.start[1]
     for atom in decision.undecided:
