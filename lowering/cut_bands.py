@@ -21,7 +21,7 @@ from ringcompile.plan.coverage import find_coverage
 from ringcompile.plan.tiles import Strip, find_parts
 
 _MOST_CALLS = 16
-LEAST_WINDOW = {"cpu": 16, "cuda": 1024}
+LEAST_WINDOW = {"cpu": 16, "cuda": 256}
 """Rows of a window below which one kernel with a mask is faster, by device."""
 
 

@@ -14,16 +14,17 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from sympy.logic.boolalg import Boolean
-from torch import SymInt, Tensor
+from torch import Tensor
 
 from ringcompile import ops
 from ringcompile.ir.evaluate import evaluate
 from ringcompile.ir.layout import Side
-from ringcompile.ir.mask import FALSE, TRUE, H, is_table
+from ringcompile.ir.mask import FALSE, TRUE, H, has_captures, is_table
 from ringcompile.ir.schedule import Coverage, Piece
 from ringcompile.ir.text import parse_mask
 from ringcompile.lowering.program import PartProgram, TileProgram
 from ringcompile.lowering.rows import Size
+from ringcompile.lowering.tiles.block_tables import Pairs, find_lists
 from ringcompile.plan.check_pairs import replace_unknown
 from ringcompile.plan.coverage import Span, find_coverage
 from ringcompile.torch_private import (
@@ -106,7 +107,7 @@ def attend(
         qkv: q, k and v of its rows.
         positions: of its queries and keys, ``(1, n)``.
     """
-    masking = _build_masking(part, tile, piece, qkv[0].shape[1], positions)
+    masking = _build_masking(part, tile, piece, qkv[0].shape[:2], positions)
     out, lse = flex_forward(
         *qkv,
         masking.lists,
@@ -127,7 +128,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv of a piece; ``tensors`` as of ``dense.attend_backward``."""
     grad_out, q, k, v, out, lse = tensors
-    masking = _build_masking(part, tile, piece, q.shape[1], positions)
+    masking = _build_masking(part, tile, piece, q.shape[:2], positions)
     return flex_backward(
         *(q, k, v, out, lse / _LN_2, grad_out),
         masking.lists,
@@ -141,20 +142,29 @@ def _build_masking(
     part: PartProgram,
     tile: TileProgram,
     piece: Piece,
-    num_heads: int,
+    sizes: Sequence[Size],
     positions: tuple[Tensor, Tensor],
 ) -> _Masking:
+    """``sizes``: how many batches and heads there are."""
     q_pos, k_pos = (x[0] for x in positions)
     mask = parse_mask(part.mask)
     schedule = part.frame.plan.schedule
-    if None in (schedule.q_side.length, schedule.kv_side.length):
-        lists = _list_all(q_pos, k_pos)
+    is_open = None in (schedule.q_side.length, schedule.kv_side.length)
+    if is_open or has_captures(mask.keeps):
+        b, h = (_count_up(size, q_pos.device) for size in sizes)
+        q_at, k_at = q_pos.view(1, 1, -1, 1), k_pos.view(1, 1, 1, -1)
+        at = (b.view(-1, 1, 1, 1), h.view(1, -1, 1, 1), q_at, k_at)
+        lists = find_lists(mask.keeps, Pairs(at, part.captures, BLOCK))
     else:
         known = _find_positions(part, tile, piece)
         with outside_tracing():
-            text = _list_blocks(mask.keeps, num_heads, *known)
+            text = _list_blocks(mask.keeps, int(sizes[1]), *known)
         lists = BlockLists(*ops.BLOCK_LISTS(text, device=q_pos.device))
     return _Masking(lists, mask.keeps, (q_pos, k_pos, *part.captures))
+
+
+def _count_up(size: Size, device: torch.device) -> Tensor:
+    return torch.arange(cast("int", size), device=device)  # or symbolic
 
 
 def _find_positions(
@@ -177,23 +187,6 @@ def _read_side(side: Side, rank: int) -> tuple[tuple[int, ...], int]:
 
 
 # ---- lists of blocks -----------------------------------------------------------------
-
-
-def _list_all(q_pos: Tensor, k_pos: Tensor) -> BlockLists:
-    """Every block, under the mask: where the length is open."""
-    sizes = tuple(_count(x.shape[0]) for x in (q_pos, k_pos))
-    made: list[Tensor] = []
-    for num_rows, num_columns in (sizes, sizes[::-1]):
-        none = q_pos.new_full((1, 1, num_rows), 0, dtype=torch.int32)
-        every = cast("int", num_columns)  # or symbolic
-        columns = torch.arange(every, dtype=torch.int32, device=q_pos.device)
-        indices = columns.expand(1, 1, num_rows, -1).contiguous()
-        made += [none + every, indices, none, indices]
-    return BlockLists(*made)
-
-
-def _count(rows: Size) -> int | SymInt:
-    return (rows + BLOCK - 1) // BLOCK
 
 
 @lru_cache(maxsize=256)

@@ -47,11 +47,19 @@ def evaluate(
     Returns:
         bool tensor of the broadcast shape (or broadcastable to it).
     """
+    return evaluate_value(p, at, captures).bool()
+
+
+def evaluate_value(
+    e: sympy.Basic, at: Sequence[Tensor], captures: Sequence[Tensor] = ()
+) -> Tensor:
+    """Evaluate what predicates are made of; arguments as of ``evaluate``."""
     values = dict(zip((B, H, Q, K), at, strict=True))
-    result = _evaluate(p, values, captures)
+    result = _evaluate(e, values, captures)
     if isinstance(result, Tensor):
         return result
-    return at[3].new_full((), bool(result), dtype=torch.bool)
+    dtype = torch.bool if isinstance(result, bool) else torch.int64
+    return at[3].new_full((), result, dtype=dtype)
 
 
 def _evaluate(
