@@ -250,9 +250,11 @@ def _cut_windows(part: Part, tile: Tile, frame: Frame, owner: int) -> Iterator[P
             yield piece
             continue
         least_width = LEAST_WINDOW.get(frame.device.type, 0)
-        yield from cut_window(
-            piece, part.mask.keeps, sides, ranks, least_width=least_width
-        )
+        with outside_tracing():  # tables of a mask are tensors
+            calls = cut_window(
+                piece, part.mask.keeps, sides, ranks, least_width=least_width
+            )
+        yield from calls
 
 
 def _close_up(tile: Tile, chunk: int) -> tuple[Piece, ...]:
