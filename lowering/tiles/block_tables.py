@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
 from ringcompile.ir.evaluate import evaluate_value
-from ringcompile.ir.mask import K, Q
+from ringcompile.ir.mask import B, H, K, Q, capture, is_capture
 from ringcompile.ir.sums import split_floor
 from ringcompile.torch_private import BlockLists
 
@@ -49,6 +50,66 @@ def find_lists(keeps: Boolean, pairs: Pairs) -> BlockLists:
     must, may = must.expand(size), may.expand(size)
     some, full = may & ~must, must
     return BlockLists(*(x for t in (some, full, some.mT, full.mT) for x in _list(t)))
+
+
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """A predicate on rows and columns instead of positions.
+
+    Attributes:
+        keeps: the predicate.
+        captures: what it reads.
+        is_within: whether no index it reads at is past an end.
+    """
+
+    keeps: Boolean
+    captures: tuple[Tensor, ...]
+    is_within: bool
+
+
+def read_ahead(keeps: Boolean, pairs: Pairs) -> Readings:
+    """Read here, once for each row, what hangs on queries or on keys alone.
+
+    A kernel has one load for it then, and nothing to check.
+    """
+    values = list[Tensor]()
+    done = dict[sympy.Basic, sympy.Basic]()
+
+    def load(e: sympy.Basic) -> sympy.Expr:
+        value = evaluate_value(e, pairs.at, pairs.captures)
+        value = value[(None,) * (4 - value.dim())]
+        for dim, symbol in reversed(list(enumerate((B, H, Q, K)))):
+            if symbol not in e.free_symbols:
+                value = value.select(dim, 0)
+        values.append(value.contiguous())
+        symbols = [x for x in (B, H, Q, K) if x in e.free_symbols]
+        return capture(len(values) - 1, *symbols)
+
+    def rewrite(e: sympy.Basic) -> sympy.Basic:
+        if e not in done:
+            done[e] = rewrite_new(e)
+        return done[e]
+
+    def rewrite_new(e: sympy.Basic) -> sympy.Basic:
+        is_read = is_capture(e)
+        if e in {Q, K} or (is_read and not _reads_pairs(e)):
+            return load(e)
+        args = [rewrite(arg) for arg in e.args]
+        if not is_read:
+            return e.func(*args) if args else e
+        kind, number = e.func.__name__[0], int(e.func.__name__[1:])
+        values.append(pairs.captures[number])
+        name = f"{kind}{len(values) - 1}"
+        return sympy.Function(name, integer=True)(*args)
+
+    is_within = not any(
+        is_capture(e) and _reads_pairs(e) for e in keeps.atoms(AppliedUndef)
+    )
+    return Readings(rewrite(keeps), tuple(values), is_within)
+
+
+def _reads_pairs(e: sympy.Basic) -> bool:
+    return {Q, K} <= e.free_symbols or not e.free_symbols
 
 
 def _sizes(pairs: Pairs) -> tuple[int, int, int, int]:

@@ -24,7 +24,12 @@ from ringcompile.ir.schedule import Coverage, Piece
 from ringcompile.ir.text import parse_mask
 from ringcompile.lowering.program import PartProgram, TileProgram
 from ringcompile.lowering.rows import Size
-from ringcompile.lowering.tiles.block_tables import Pairs, find_lists
+from ringcompile.lowering.tiles.block_tables import (
+    Pairs,
+    Readings,
+    find_lists,
+    read_ahead,
+)
 from ringcompile.plan.check_pairs import replace_unknown
 from ringcompile.plan.coverage import Span, find_coverage
 from ringcompile.torch_private import (
@@ -74,21 +79,23 @@ class _Masking:
     """What both directions read of a mask: its blocks, and what it is evaluated on."""
 
     lists: BlockLists
-    keeps: Boolean
-    buffers: tuple[Tensor, ...]
+    readings: Readings
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """What ``mask_mod`` reads."""
+        return self.readings.captures
 
     def mask_mod(
-        self,
-        b: Tensor,
-        h: Tensor,
-        row: Tensor,
-        column: Tensor,
-        q_pos: Tensor,
-        k_pos: Tensor,
-        *captures: Tensor,
+        self, b: Tensor, h: Tensor, row: Tensor, column: Tensor, *captures: Tensor
     ) -> Tensor:
         """Whether one pair counts."""
-        return evaluate(self.keeps, (b, h, q_pos[row], k_pos[column]), captures)
+        return evaluate(
+            self.readings.keeps,
+            (b, h, row, column),
+            captures,
+            is_within=self.readings.is_within,
+        )
 
 
 def attend(
@@ -149,18 +156,19 @@ def _build_masking(
     q_pos, k_pos = (x[0] for x in positions)
     mask = parse_mask(part.mask)
     schedule = part.frame.plan.schedule
+    b, h = (_count_up(size, q_pos.device) for size in sizes)
+    q_at, k_at = q_pos.view(1, 1, -1, 1), k_pos.view(1, 1, 1, -1)
+    at = (b.view(-1, 1, 1, 1), h.view(1, -1, 1, 1), q_at, k_at)
+    pairs = Pairs(at, part.captures, BLOCK)
     is_open = None in (schedule.q_side.length, schedule.kv_side.length)
     if is_open or has_captures(mask.keeps):
-        b, h = (_count_up(size, q_pos.device) for size in sizes)
-        q_at, k_at = q_pos.view(1, 1, -1, 1), k_pos.view(1, 1, 1, -1)
-        at = (b.view(-1, 1, 1, 1), h.view(1, -1, 1, 1), q_at, k_at)
-        lists = find_lists(mask.keeps, Pairs(at, part.captures, BLOCK))
+        lists = find_lists(mask.keeps, pairs)
     else:
         known = _find_positions(part, tile, piece)
         with outside_tracing():
             text = _list_blocks(mask.keeps, int(sizes[1]), *known)
         lists = BlockLists(*ops.BLOCK_LISTS(text, device=q_pos.device))
-    return _Masking(lists, mask.keeps, (q_pos, k_pos, *part.captures))
+    return _Masking(lists, read_ahead(mask.keeps, pairs))
 
 
 def _count_up(size: Size, device: torch.device) -> Tensor:

@@ -27,7 +27,7 @@ from ringcompile.ir.mask import (
     negate,
     window,
 )
-from ringcompile.lowering.tiles.block_tables import Pairs, find_lists
+from ringcompile.lowering.tiles.block_tables import Pairs, find_lists, read_ahead
 
 BLOCK = 8
 MASKS: dict[str, Boolean] = {
@@ -82,6 +82,17 @@ def check(keeps: Boolean, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
             is_on = (full | partial)[:, :, i, j].expand(size[:2])
             assert (block.all(-1) | ~is_full).all(), (i, j)
             assert (~block.any(-1) | is_on).all(), (i, j)
+    readings = read_ahead(keeps, pairs)
+    numbers = (
+        b,
+        h,
+        torch.arange(size[2]).view(1, 1, -1, 1),
+        torch.arange(size[3]).view(1, 1, 1, -1),
+    )
+    again = evaluate(
+        readings.keeps, numbers, readings.captures, is_within=readings.is_within
+    )
+    assert torch.equal(again.expand(size), kept)
     return kept, partial, full
 
 
