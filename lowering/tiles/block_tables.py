@@ -115,7 +115,12 @@ def _reads_pairs(e: sympy.Basic) -> bool:
 def _sizes(pairs: Pairs) -> tuple[int, int, int, int]:
     """Of tensors of blocks, dims of batch and heads being 1."""
     n, m = pairs.at[2].shape[_ROWS], pairs.at[3].shape[_COLUMNS]
-    return 1, 1, -(-n // pairs.block), -(-m // pairs.block)
+    return (
+        1,
+        1,
+        (n + pairs.block - 1) // pairs.block,
+        (m + pairs.block - 1) // pairs.block,
+    )
 
 
 def _list(are_on: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,6 +230,6 @@ def _reduce(
 ) -> Tensor:
     """Over blocks of a dim; the last one is filled up with its last row."""
     size = x.shape[dim]
-    count = -(-size // block)
+    count = (size + block - 1) // block
     rows = torch.arange(count * block, device=x.device).clamp(max=size - 1)
     return over(x.index_select(dim, rows).unflatten(dim, (count, block)), dim + 1)
