@@ -16,6 +16,7 @@ from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
+from ringcompile import ops
 from ringcompile.ir.evaluate import evaluate_value
 from ringcompile.ir.mask import B, H, K, Q, capture, is_capture
 from ringcompile.ir.sums import split_floor
@@ -47,9 +48,7 @@ def find_lists(keeps: Boolean, pairs: Pairs) -> BlockLists:
     """The blocks of a mask, as ``flex_attention`` takes them."""
     must, may = _decide(keeps, pairs)
     size = torch.broadcast_shapes(must.shape, _sizes(pairs))
-    must, may = must.expand(size), may.expand(size)
-    some, full = may & ~must, must
-    return BlockLists(*(x for t in (some, full, some.mT, full.mT) for x in _list(t)))
+    return BlockLists(*ops.LIST_BLOCKS(must.expand(size), may.expand(size)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +127,23 @@ def _list(are_on: Tensor) -> tuple[Tensor, Tensor]:
     counts = are_on.sum(-1, dtype=torch.int32)
     order = are_on.to(torch.int8).argsort(stable=True, dim=-1, descending=True)
     return counts, order.to(torch.int32).contiguous()
+
+
+def _list_blocks(must: Tensor, may: Tensor) -> list[Tensor]:
+    """Kernels of torch: of two equal sizes that are symbols Inductor makes no code."""
+    some = may & ~must
+    return [x for t in (some, must, some.mT, must.mT) for x in _list(t)]
+
+
+def _list_shapes(must: Tensor, _may: Tensor) -> list[Tensor]:
+    batch, heads, n, m = must.shape
+    shapes = [(batch, heads, n), (batch, heads, n, m)] * 2
+    shapes += [(batch, heads, m), (batch, heads, m, n)] * 2
+    return [must.new_empty(shape, dtype=torch.int32) for shape in shapes]
+
+
+ops.LIBRARY.impl("list_blocks", _list_blocks, "CompositeExplicitAutograd")
+torch.library.register_fake("ringcompile::list_blocks", _list_shapes, lib=ops.LIBRARY)
 
 
 # ---- predicates: whether all pairs of a block count, and whether any may -------------

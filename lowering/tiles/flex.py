@@ -14,7 +14,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from sympy.logic.boolalg import Boolean
-from torch import Tensor
+from torch import SymInt, Tensor
 
 from ringcompile import ops
 from ringcompile.ir.evaluate import evaluate
@@ -161,8 +161,10 @@ def _build_masking(
     at = (b.view(-1, 1, 1, 1), h.view(1, -1, 1, 1), q_at, k_at)
     pairs = Pairs(at, part.captures, BLOCK)
     is_open = None in (schedule.q_side.length, schedule.kv_side.length)
-    if is_open or has_captures(mask.keeps):
+    if has_captures(mask.keeps):
         lists = find_lists(mask.keeps, pairs)
+    elif is_open:
+        lists = _list_all(q_pos, k_pos)
     else:
         known = _find_positions(part, tile, piece)
         with outside_tracing():
@@ -195,6 +197,23 @@ def _read_side(side: Side, rank: int) -> tuple[tuple[int, ...], int]:
 
 
 # ---- lists of blocks -----------------------------------------------------------------
+
+
+def _list_all(q_pos: Tensor, k_pos: Tensor) -> BlockLists:
+    """Every block, under the mask: where the length is open."""
+    sizes = tuple(_count(x.shape[0]) for x in (q_pos, k_pos))
+    made: list[Tensor] = []
+    for num_rows, num_columns in (sizes, sizes[::-1]):
+        none = q_pos.new_full((1, 1, num_rows), 0, dtype=torch.int32)
+        every = cast("int", num_columns)  # or symbolic
+        columns = torch.arange(every, dtype=torch.int32, device=q_pos.device)
+        indices = columns.expand(1, 1, num_rows, -1).contiguous()
+        made += [none + every, indices, none, indices]
+    return BlockLists(*made)
+
+
+def _count(rows: Size) -> int | SymInt:
+    return (rows + BLOCK - 1) // BLOCK
 
 
 @lru_cache(maxsize=256)
