@@ -5,7 +5,7 @@ own, and equal neighbours one batched call. Invariant: a pair that counts is in 
 one call; what can't be told apart in few calls is one masked call over all rows.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -15,25 +15,12 @@ from torch import Tensor
 
 from ringcompile.ir.evaluate import evaluate
 from ringcompile.ir.mask import B, causal, chunked, conjuncts, has_captures
-from ringcompile.ir.schedule import Kernel, Piece, Rows, Selection
+from ringcompile.ir.schedule import Kernel, Selection
 from ringcompile.ir.text import parse_mask
+from ringcompile.lowering.calls import Call, join_calls, rows
 
 _MOST_CALLS = 16
 _ABSENT = -1
-
-
-@dataclass(frozen=True, slots=True)
-class Call(Piece):
-    """One kernel call on compact rows.
-
-    Attributes:
-        groups: the rows are so many equal runs; the first of q meets the first of kv,
-            and so on. More than one never under a mask.
-        heads: query heads that take part; None for all.
-    """
-
-    groups: int = 1
-    heads: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +46,7 @@ def cut_selected(mask: str, selection: Selection, at: Compact) -> tuple[Call, ..
         at: where they are.
     """
     q, kv = (torch.tensor(rows) for rows in (at.q, at.kv))
-    everything = Call(_rows(0, q.shape[1]), _rows(0, kv.shape[1]), Kernel.MASKED)
+    everything = Call(rows(0, q.shape[1]), rows(0, kv.shape[1]), Kernel.MASKED)
     heads = _find_heads(q, kv, selection)
     if heads is None:
         return (everything,)
@@ -71,15 +58,11 @@ def cut_selected(mask: str, selection: Selection, at: Compact) -> tuple[Call, ..
     q_runs, kv_runs = _find_runs(selection, q), _find_runs(selection, kv)
     if is_causal is None or q_runs is None or kv_runs is None:
         return (everything,)
-    calls = _join(_cut_runs(q_runs, kv_runs, q, kv, is_causal=is_causal))
+    calls = join_calls(list(_cut_runs(q_runs, kv_runs, q, kv, is_causal=is_causal)))
     if len(calls) > _MOST_CALLS or any(c.kernel is Kernel.MASKED for c in calls):
         return (everything,)
     whole = heads == (0, len(at.q))
     return tuple(replace(c, heads=None if whole else heads) for c in calls)
-
-
-def _rows(start: int, stop: int) -> Rows:
-    return Rows((0, start), (0, stop))
 
 
 def _find_heads(q: Tensor, kv: Tensor, selection: Selection) -> tuple[int, int] | None:
@@ -144,10 +127,10 @@ def _cut_runs(
         there = kv_runs.get(number)
         if there is None:
             continue
-        rows = q[:, slice(*at)], kv[:, slice(*there)]
-        kernel = _compare(*rows) if is_causal else Kernel.FULL
+        positions = q[:, slice(*at)], kv[:, slice(*there)]
+        kernel = _compare(*positions) if is_causal else Kernel.FULL
         if kernel is not None:
-            yield Call(_rows(*at), _rows(*there), kernel)
+            yield Call(rows(*at), rows(*there), kernel)
 
 
 def _compare(q: Tensor, kv: Tensor) -> Kernel | None:
@@ -160,26 +143,3 @@ def _compare(q: Tensor, kv: Tensor) -> Kernel | None:
         (kv <= q).all() and (q[:, :-1] < kv[:, 1:]).all()
     )
     return Kernel.CAUSAL if is_square else Kernel.MASKED
-
-
-def _join(calls: Iterable[Call]) -> Sequence[Call]:
-    """Equal calls over neighbouring rows as one of several groups."""
-    joined: list[Call] = []
-    for call in calls:
-        last = joined[-1] if joined else None
-        if (
-            last is not None
-            and last.kernel is call.kernel
-            and (last.q.stop, last.kv.stop) == (call.q.start, call.kv.start)
-            and _size(last.q) == last.groups * _size(call.q)
-            and _size(last.kv) == last.groups * _size(call.kv)
-        ):
-            rows = Rows(last.q.start, call.q.stop), Rows(last.kv.start, call.kv.stop)
-            joined[-1] = Call(*rows, call.kernel, last.groups + 1)
-        else:
-            joined.append(call)
-    return joined
-
-
-def _size(rows: Rows) -> int:
-    return rows.stop[1] - rows.start[1]

@@ -16,6 +16,7 @@ from ringcompile.ir.attention import RankPlan
 from ringcompile.ir.layout import Side
 from ringcompile.ir.schedule import Kernel, Part, Piece, Rows, Selection, Step, Tile
 from ringcompile.ir.text import format_mask, parse_plan
+from ringcompile.lowering.cut_bands import LEAST_WINDOW, cut_window
 from ringcompile.lowering.cut_selected import Compact, cut_selected
 from ringcompile.lowering.hops import Phase, Tag
 from ringcompile.lowering.orders import find_positions
@@ -221,8 +222,8 @@ def _build_tile(step: Step, part: Part, queries: RowSet, frame: Frame) -> TilePr
     if reads is not None and part.selection is not None:
         pieces = _cut_selected(part, part.selection, frame, owner)
     elif isinstance(reads, Span):
-        first = reads.rows.start
-        pieces = tuple(replace(p, kv=shift(p.kv, first)) for p in mine.pieces)
+        first, cut = reads.rows.start, _cut_windows(part, mine, frame, owner)
+        pieces = tuple(replace(p, kv=shift(p.kv, first)) for p in cut)
     elif reads is not None:
         pieces = _close_up(mine, cast("int", frame.kv_chunk))
     return TileProgram(
@@ -236,6 +237,24 @@ def _build_tile(step: Step, part: Part, queries: RowSet, frame: Frame) -> TilePr
         needs=mine.needs,
         is_one_call=frame.plan.takes_dense_kernels and part.is_one_call(step),
     )
+
+
+def _cut_windows(part: Part, tile: Tile, frame: Frame, owner: int) -> Iterator[Piece]:
+    """The pieces, those of wide windows as calls of kernels without a mask."""
+    plan = frame.plan
+    sides, ranks = (plan.schedule.q_side, plan.schedule.kv_side), (plan.rank, owner)
+    is_open = None in {side.length for side in sides}
+    for piece in tile.pieces:
+        is_masked = piece.kernel is Kernel.MASKED and part.mask.choice is None
+        if is_open or not is_masked or not plan.takes_dense_kernels:
+            yield piece
+            continue
+        least_width = LEAST_WINDOW.get(frame.device.type, 0)
+        with outside_tracing():  # tables of a mask are tensors
+            calls = cut_window(
+                piece, part.mask.keeps, sides, ranks, least_width=least_width
+            )
+        yield from calls
 
 
 def _close_up(tile: Tile, chunk: int) -> tuple[Piece, ...]:

@@ -41,6 +41,7 @@ LIBRARY = torch.library.Library("ringcompile", "DEF")
 #   block_lists     numbers and indices of blocks of keys under a mask, then of full
 #                   ones, for each block of queries, as `flex_attention` has them; then
 #                   those of blocks of queries for each block of keys.
+#   list_blocks     the same, of blocks whose pairs all count, and whose may.
 #   sum_up_blocks   means of blocks of q and k, equal on all ranks; see lowering.
 #   choose_blocks   the key blocks that each query block keeps, (B, H, num_blocks,
 #                   count) int64, -1 for none.
@@ -85,6 +86,7 @@ join(Tensor[] xs, int dim) -> Tensor;
 
 row_table(str spec, *, Device device) -> Tensor;
 block_lists(str spec, *, Device device) -> Tensor[];
+list_blocks(Tensor must, Tensor may) -> Tensor[];
 sum_up_blocks(Tensor q, Tensor k, Tensor[] captures, *, str plan) -> (Tensor q_means,
     Tensor k_means, Tensor has_key);
 choose_blocks(Tensor scores, Tensor has_key, int count, bool is_causal) -> Tensor;
@@ -123,6 +125,7 @@ KEEP = _OPS.keep.default
 JOIN = _OPS.join.default
 ROW_TABLE = _OPS.row_table.default
 BLOCK_LISTS = _OPS.block_lists.default
+LIST_BLOCKS = _OPS.list_blocks.default
 SUM_UP_BLOCKS = _OPS.sum_up_blocks.default
 CHOOSE_BLOCKS = _OPS.choose_blocks.default
 MASKED_ATTENTION = _OPS.masked_attention.default

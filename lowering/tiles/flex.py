@@ -19,11 +19,17 @@ from torch import SymInt, Tensor
 from ringcompile import ops
 from ringcompile.ir.evaluate import evaluate
 from ringcompile.ir.layout import Side
-from ringcompile.ir.mask import FALSE, TRUE, H, is_table
+from ringcompile.ir.mask import FALSE, TRUE, H, has_captures, is_table
 from ringcompile.ir.schedule import Coverage, Piece
 from ringcompile.ir.text import parse_mask
 from ringcompile.lowering.program import PartProgram, TileProgram
 from ringcompile.lowering.rows import Size
+from ringcompile.lowering.tiles.block_tables import (
+    Pairs,
+    Readings,
+    find_lists,
+    read_ahead,
+)
 from ringcompile.plan.check_pairs import replace_unknown
 from ringcompile.plan.coverage import Span, find_coverage
 from ringcompile.torch_private import (
@@ -73,21 +79,23 @@ class _Masking:
     """What both directions read of a mask: its blocks, and what it is evaluated on."""
 
     lists: BlockLists
-    keeps: Boolean
-    buffers: tuple[Tensor, ...]
+    readings: Readings
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """What ``mask_mod`` reads."""
+        return self.readings.captures
 
     def mask_mod(
-        self,
-        b: Tensor,
-        h: Tensor,
-        row: Tensor,
-        column: Tensor,
-        q_pos: Tensor,
-        k_pos: Tensor,
-        *captures: Tensor,
+        self, b: Tensor, h: Tensor, row: Tensor, column: Tensor, *captures: Tensor
     ) -> Tensor:
         """Whether one pair counts."""
-        return evaluate(self.keeps, (b, h, q_pos[row], k_pos[column]), captures)
+        return evaluate(
+            self.readings.keeps,
+            (b, h, row, column),
+            captures,
+            is_within=self.readings.is_within,
+        )
 
 
 def attend(
@@ -106,7 +114,7 @@ def attend(
         qkv: q, k and v of its rows.
         positions: of its queries and keys, ``(1, n)``.
     """
-    masking = _build_masking(part, tile, piece, qkv[0].shape[1], positions)
+    masking = _build_masking(part, tile, piece, qkv[0].shape[:2], positions)
     out, lse = flex_forward(
         *qkv,
         masking.lists,
@@ -127,7 +135,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv of a piece; ``tensors`` as of ``dense.attend_backward``."""
     grad_out, q, k, v, out, lse = tensors
-    masking = _build_masking(part, tile, piece, q.shape[1], positions)
+    masking = _build_masking(part, tile, piece, q.shape[:2], positions)
     return flex_backward(
         *(q, k, v, out, lse / _LN_2, grad_out),
         masking.lists,
@@ -141,20 +149,32 @@ def _build_masking(
     part: PartProgram,
     tile: TileProgram,
     piece: Piece,
-    num_heads: int,
+    sizes: Sequence[Size],
     positions: tuple[Tensor, Tensor],
 ) -> _Masking:
+    """``sizes``: how many batches and heads there are."""
     q_pos, k_pos = (x[0] for x in positions)
     mask = parse_mask(part.mask)
     schedule = part.frame.plan.schedule
-    if None in (schedule.q_side.length, schedule.kv_side.length):
+    b, h = (_count_up(size, q_pos.device) for size in sizes)
+    q_at, k_at = q_pos.view(1, 1, -1, 1), k_pos.view(1, 1, 1, -1)
+    at = (b.view(-1, 1, 1, 1), h.view(1, -1, 1, 1), q_at, k_at)
+    pairs = Pairs(at, part.captures, BLOCK)
+    is_open = None in (schedule.q_side.length, schedule.kv_side.length)
+    if has_captures(mask.keeps):
+        lists = find_lists(mask.keeps, pairs)
+    elif is_open:
         lists = _list_all(q_pos, k_pos)
     else:
         known = _find_positions(part, tile, piece)
         with outside_tracing():
-            text = _list_blocks(mask.keeps, num_heads, *known)
+            text = _list_blocks(mask.keeps, int(sizes[1]), *known)
         lists = BlockLists(*ops.BLOCK_LISTS(text, device=q_pos.device))
-    return _Masking(lists, mask.keeps, (q_pos, k_pos, *part.captures))
+    return _Masking(lists, read_ahead(mask.keeps, pairs))
+
+
+def _count_up(size: Size, device: torch.device) -> Tensor:
+    return torch.arange(cast("int", size), device=device)  # or symbolic
 
 
 def _find_positions(

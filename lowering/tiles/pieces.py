@@ -9,7 +9,7 @@ from torch import Tensor
 from ringcompile import ops
 from ringcompile.ir.schedule import Kernel, Piece
 from ringcompile.lowering.bias_sums import BiasSums
-from ringcompile.lowering.cut_selected import Call
+from ringcompile.lowering.calls import Call
 from ringcompile.lowering.program import PartProgram, TileProgram
 from ringcompile.lowering.rows import Size, Values, take_rows
 from ringcompile.lowering.tiles import flex
@@ -35,7 +35,7 @@ def attend_piece(
     q = take_rows(q, piece.q, chunk)
     k, v = (take_rows(x, piece.kv, part.frame.kv_chunk) for x in kv)
     if _is_dense(part, piece):
-        view = _View.of(piece, q)
+        view = View.of(piece, q)
         is_causal = piece.kernel is Kernel.CAUSAL
         found = attend(*map(view.take, (q, k, v)), is_causal=is_causal, scale=scale)
         return view.put_queries(*found)
@@ -79,7 +79,7 @@ def piece_gradients(
     k, v = (take_rows(x, piece.kv, part.frame.kv_chunk) for x in kv)
     tensors = (grad_out, q, k, v, out, lse)
     if _is_dense(part, piece):
-        view = _View.of(piece, q)
+        view = View.of(piece, q)
         is_causal = piece.kernel is Kernel.CAUSAL
         taken = map(view.take, tensors)
         return view.put_gradients(
@@ -157,38 +157,38 @@ def _options(part: PartProgram) -> dict[str, object]:
 
 
 @dataclass(frozen=True, slots=True)
-class _View:
+class View:
     """The rows and heads of a dense call as a kernel takes them: groups as batches.
 
     Attributes:
-        groups: equal runs of rows, each with its own keys.
-        heads: query heads that take part, of H; the same range scaled down for KV.
+        call: the runs of rows, and the query heads that take part.
         num_heads: H.
         batch: B.
     """
 
-    groups: int
-    heads: tuple[int, int] | None
+    call: Call
     num_heads: int
     batch: int
 
     @classmethod
-    def of(cls, piece: Piece, q: Tensor) -> "_View":
+    def of(cls, piece: Piece, q: Tensor) -> "View":
         """Of a piece; one that is no ``Call`` has one group of all heads."""
-        groups, heads = 1, None
-        if isinstance(piece, Call):
-            groups, heads = piece.groups, piece.heads
-        return cls(groups, heads, q.shape[1], q.shape[0])
+        call = piece
+        if not isinstance(call, Call):
+            call = Call(piece.q, piece.kv, piece.kernel)
+        return cls(call, q.shape[1], q.shape[0])
 
     def take(self, x: Tensor) -> Tensor:
-        """``(B, heads, n, ...)`` as ``(B * groups, its heads, n / groups, ...)``."""
-        if self.heads is not None:
+        """``(B, heads, n, ...)`` as ``(B * groups, its heads, rows of a run, ...)``."""
+        groups, gap = self.call.groups, self.call.gap
+        if self.call.heads is not None:
             first, stop = self._scaled(x.shape[1])
             x = x[:, first:stop]
-        if self.groups == 1:
-            return x
-        x = x.unflatten(2, (self.groups, -1)).transpose(1, 2)
-        return x.flatten(0, 1)
+        if groups > 1:
+            x = _with_gap_behind(x, gap, 0.0).unflatten(2, (groups, -1))
+            x = x.narrow(3, 0, x.shape[3] - gap).transpose(1, 2).flatten(0, 1)
+        # Upside down, the rows from the diagonal on are those up to it.
+        return x.flip(2) if self.call.is_upper else x
 
     def put_queries(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """Undo ``take`` on out and lse; heads left out see nothing."""
@@ -209,9 +209,14 @@ class _View:
         )
 
     def _put(self, x: Tensor, num_heads: int, *, fill: float = 0.0) -> Tensor:
-        if self.groups > 1:
-            x = x.unflatten(0, (self.batch, self.groups)).transpose(1, 2).flatten(2, 3)
-        if self.heads is None:
+        groups, gap = self.call.groups, self.call.gap
+        if self.call.is_upper:
+            x = x.flip(2)
+        if groups > 1:
+            x = _with_gap_behind(x, gap, fill).unflatten(0, (self.batch, groups))
+            x = x.transpose(1, 2).flatten(2, 3)
+            x = x.narrow(2, 0, x.shape[2] - gap)
+        if self.call.heads is None:
             return x
         first, stop = self._scaled(num_heads)
         before = x.new_full((x.shape[0], first, *x.shape[2:]), fill)
@@ -219,9 +224,17 @@ class _View:
         return torch.cat([before, x, after], 1)
 
     def _scaled(self, num_heads: int) -> tuple[int, int]:
-        assert self.heads is not None, "some heads are left out"
+        heads = self.call.heads
+        assert heads is not None, "some heads are left out"
         shared = self.num_heads // num_heads
-        return self.heads[0] // shared, self.heads[1] // shared
+        return heads[0] // shared, heads[1] // shared
+
+
+def _with_gap_behind(x: Tensor, gap: int, fill: float) -> Tensor:
+    """``(B, H, n, ...)`` with so many rows more."""
+    if not gap:
+        return x
+    return torch.cat([x, x.new_full((*x.shape[:2], gap, *x.shape[3:]), fill)], 2)
 
 
 def _is_dense(part: PartProgram, piece: Piece) -> bool:

@@ -1,12 +1,12 @@
 """Hops by the GPUs' copy engines, through memory that peers can read.
 
 A sender puts rows into its own buffer and signals; the receiver pulls them straight
-from there into memory of its own, and signals back that their place is free. Nothing
-but the signals takes an SM, so compute runs on beside undisturbed, and signals live on
-the GPU: no host waits, and CUDA graphs capture it all. Invariants: a hop's tag tells
-its places to both ends, whatever ran before (a rank may capture a graph alone); both
-ends of a pair use a place for the same hops in the same order; and what a rank enqueues
-waits only for what its peers have enqueued before.
+from there into memory of its own, and signals back that their place is free. A pull
+takes no SM, so compute runs on beside undisturbed, and signals live on the GPU: no host
+waits, and CUDA graphs capture it all. Invariants: a hop's tag tells its places to both
+ends, whatever ran before (a rank may capture a graph alone); both ends of a pair use a
+place for the same hops in the same order; and what a rank enqueues waits only for what
+its peers have enqueued before.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringcompile.lowering.hops import Tag
-from ringcompile.torch_private import SymmetricMemory, Work, rendezvous
+from ringcompile.lowering.transports.flags import Flags
+from ringcompile.torch_private import Work, rendezvous
 
 _BUDGET = 4 * 2**30
 _SHARE = 32
@@ -89,17 +90,17 @@ class CopyEngine:
         """
         self._rank, self._size, self._own = group.rank(), group.size(), memory
         self._place_bytes = memory.numel() // ((self._size - 1) * _PLACES)
-        self._shared: SymmetricMemory = rendezvous(memory, group)
+        shared = rendezvous(memory, group)
+        self._flags = Flags(shared)
         self._buffers = [
-            self._shared.get_buffer(rank, memory.shape, torch.uint8)
+            shared.get_buffer(rank, memory.shape, torch.uint8)
             for rank in range(self._size)
         ]
-        # Its few blocks must not queue behind those of a large kernel.
-        self._pulling = torch.cuda.Stream(priority=-1)
+        self._pulling = torch.cuda.Stream()
         self._published: torch.cuda.Event | None = None
         for peer in range(self._size):
             for place in range(_PLACES if peer != self._rank else 0):
-                self._shared.put_signal(peer, _is_free(place))
+                self._flags.set(peer, _is_free(place))
 
     @staticmethod
     def buffer_bytes(size: int, gpu_bytes: int) -> int:
@@ -123,7 +124,7 @@ class CopyEngine:
         """Start a hop of contiguous tensors; a rank of -1 means nobody."""
         here = torch.cuda.current_stream()
         self._order_behind_last(here)
-        first = 2 * tag.phase + tag.step  # hops under way together start apart
+        first = self._first_place(tag)
         leaving = self._cut(sent, first, self._rank, reader=dst)
         coming = self._cut(received, first, src, reader=self._rank)
         arrived = None
@@ -142,22 +143,30 @@ class CopyEngine:
             self._published = here.record_event()
         return _Flying(arrived)
 
+    def _first_place(self, tag: Tag) -> int:
+        """Where a hop starts: those to one peer that are under way together, apart.
+
+        Where each part has one step for each rank, they are forward KV, backward KV,
+        dKV, and those two again for the next part.
+        """
+        return tag.phase + 2 * (tag.step // self._size)
+
     def _order_behind_last(self, here: torch.cuda.Stream) -> None:
         """Hops leave in the order in which the host starts them, on any streams."""
         if self._published and not torch.cuda.is_current_stream_capturing():
             here.wait_event(self._published)
 
     def _publish(self, part: _Part, dst: int) -> None:
-        self._shared.wait_signal(dst, _is_free(part.place))
+        self._flags.take(dst, _is_free(part.place))
         for x, at in part.pairs:
             at.copy_(x)
-        self._shared.put_signal(dst, _is_full(part.place))
+        self._flags.set(dst, _is_full(part.place))
 
     def _pull(self, part: _Part, src: int) -> None:
-        self._shared.wait_signal(src, _is_full(part.place))
+        self._flags.take(src, _is_full(part.place))
         for x, at in part.pairs:
             x.copy_(at)
-        self._shared.put_signal(src, _is_free(part.place))
+        self._flags.set(src, _is_free(part.place))
 
     def _cut(
         self, tensors: Sequence[Tensor], first: int, owner: int, *, reader: int

@@ -4,6 +4,7 @@ Invariant: nothing here draws from torch's RNG.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, reduce
 
 import sympy
@@ -34,6 +35,8 @@ def evaluate(
     p: Boolean,
     at: Sequence[Tensor],
     captures: Sequence[Tensor] = (),
+    *,
+    is_within: bool = False,
 ) -> Tensor:
     """Evaluate a predicate on tensors of positions.
 
@@ -43,19 +46,38 @@ def evaluate(
         captures: the capture tensors, indexed by the predicate's own expressions. An
             index past an end reads the end: the value at a pad, which is never a key
             and whose own row nobody reads, does not matter.
+        is_within: whether no index is past an end.
 
     Returns:
         bool tensor of the broadcast shape (or broadcastable to it).
     """
+    return evaluate_value(p, at, captures, is_within=is_within).bool()
+
+
+def evaluate_value(
+    e: sympy.Basic,
+    at: Sequence[Tensor],
+    captures: Sequence[Tensor] = (),
+    *,
+    is_within: bool = False,
+) -> Tensor:
+    """Evaluate what predicates are made of; arguments as of ``evaluate``."""
     values = dict(zip((B, H, Q, K), at, strict=True))
-    result = _evaluate(p, values, captures)
+    result = _evaluate(e, values, _Reads(captures, is_within))
     if isinstance(result, Tensor):
         return result
-    return at[3].new_full((), bool(result), dtype=torch.bool)
+    dtype = torch.bool if isinstance(result, bool) else torch.int64
+    return at[3].new_full((), result, dtype=dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reads:
+    captures: Sequence[Tensor]
+    is_within: bool
 
 
 def _evaluate(
-    e: sympy.Basic, values: dict[sympy.Symbol, Tensor], captures: Sequence[Tensor]
+    e: sympy.Basic, values: dict[sympy.Symbol, Tensor], reads: _Reads
 ) -> _Value:
     if isinstance(e, sympy.Symbol):
         return values[e]
@@ -65,21 +87,23 @@ def _evaluate(
         return bool(e)
     if isinstance(e, sympy.floor):
         x, n = split_floor(e)
-        return _evaluate(x, values, captures) // n
-    args = [_evaluate(a, values, captures) for a in e.args]
+        return _evaluate(x, values, reads) // n
+    args = [_evaluate(a, values, reads) for a in e.args]
     if isinstance(e, AppliedUndef):
-        return _read(e.func.__name__, args, captures)
+        return _read(e.func.__name__, args, reads)
     return reduce(_OPERATORS[e.func], args)
 
 
-def _read(name: str, at: Sequence[_Value], captures: Sequence[Tensor]) -> Tensor:
+def _read(name: str, at: Sequence[_Value], reads: _Reads) -> Tensor:
     if TABLE_MARK in name:
         return _read_table(name, at)
-    values = captures[int(name[1:])]
-    index = tuple(
-        i.clamp(0, size - 1) if isinstance(i, Tensor) else i
-        for i, size in zip(at, values.shape, strict=True)
-    )
+    values = reads.captures[int(name[1:])]
+    index = tuple(at)
+    if not reads.is_within:
+        index = tuple(
+            i.clamp(0, size - 1) if isinstance(i, Tensor) else i
+            for i, size in zip(at, values.shape, strict=True)
+        )
     if name.startswith("m"):
         return _is_listed(values[index[:-1]], at[-1], values.shape[-2])
     return values[index]

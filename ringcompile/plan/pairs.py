@@ -14,7 +14,7 @@ from ringcompile.ir.layout import Side
 from ringcompile.ir.mask import TRUE, B, H, has_captures
 from ringcompile.ir.schedule import Coverage, Kernel, Part, Piece
 from ringcompile.plan.coverage import Span, find_coverage
-from ringcompile.plan.tiles import Strip, find_strips
+from ringcompile.plan.tiles import Strip, find_parts
 
 _SAMPLED_ROWS = 8
 _MAX_BOXES = 96
@@ -44,21 +44,10 @@ def count_pairs(
     keeps = drop_unknown(part.mask.keeps)
     kept = sum(
         _estimate_kept(keeps, q.span, kv.span) * _density(q) * _density(kv)
-        for q in _find_parts(q_side, ranks[0], q_rows)
-        for kv in _find_parts(kv_side, ranks[1], kv_rows)
+        for q in find_parts(q_side, ranks[0], q_rows)
+        for kv in find_parts(kv_side, ranks[1], kv_rows)
     )
     return kept if part.selection is None else kept / part.selection.rate**2
-
-
-def _find_parts(side: Side, rank: int, rows: tuple[int, int]) -> list[Strip]:
-    """A range of rows of a shard, padding left out."""
-    parts = []
-    for strip in find_strips(side.layout, rank, side.length):
-        first = max(rows[0] - strip.row[1], 0)
-        stop = min(rows[1] - strip.row[1], strip.count[1])
-        if stop > first:
-            parts.append(strip.part(first, stop - first))
-    return parts
 
 
 def _density(strip: Strip) -> float:

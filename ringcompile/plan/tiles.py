@@ -97,6 +97,17 @@ def find_strips(layout: Layout, rank: int, length: int | None) -> tuple[Strip, .
     return tuple(strips)
 
 
+def find_parts(side: Side, rank: int, rows: tuple[int, int]) -> list[Strip]:
+    """A range of rows of a shard, padding left out."""
+    parts = []
+    for strip in find_strips(side.layout, rank, side.length):
+        first = max(rows[0] - strip.row[1], 0)
+        stop = min(rows[1] - strip.row[1], strip.count[1])
+        if stop > first:
+            parts.append(strip.part(first, stop - first))
+    return parts
+
+
 def _find_order_strips(
     layout: Layout, rank: int, length: int | None
 ) -> tuple[Strip, ...]:

@@ -3,6 +3,7 @@
 pytest -q -m gpu tests/gpu/test_kernels_gpu.py
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ringcompile import ops
 from ringcompile import patterns as p
+from ringcompile.lowering.tiles import flex
 
 pytestmark = [
     pytest.mark.gpu,
@@ -128,3 +130,53 @@ def test_biases_have_the_same_gradients_in_each_run(dtype: torch.dtype) -> None:
         assert torch.equal(got, again)
         size = max(want.abs().max(), largest / 3)
         assert (got.double() - want).abs().max() <= limit * size
+
+
+def attend_documents(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    at = torch.arange(q.shape[2], device=q.device)
+    mask = (ids[:, None, :, None] == ids[:, None, None]) & (at[:, None] >= at)
+    return nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, enable_gqa=True
+    )
+
+
+def run_documents(
+    call: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, ids: Tensor
+) -> list[Tensor]:
+    xs = [x.detach().requires_grad_() for x in inputs]
+    out = call(*xs, ids)
+    return [out.detach(), *torch.autograd.grad(out, xs, grad)]
+
+
+def test_documents_may_change_in_compiled_code() -> None:
+    torch.compiler.reset()
+    call, _ = compile_ring(attend_documents, None)
+    *inputs, grad = (x.cuda().bfloat16() for x in make_inputs())
+    random = torch.Generator().manual_seed(0)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for count in (1, 5, 30, S):
+            starts = torch.randint(0, S, (count, 1), generator=random)
+            ids = (torch.arange(S) >= starts).sum(0, keepdim=True).cuda()
+            found = run_documents(call, inputs, grad, ids)
+            plain = run_documents(attend_documents, inputs, grad, ids)
+            wide = [x.double() for x in inputs]
+            exact = run_documents(attend_documents, wide, grad.double(), ids)
+            for name, ours, base, want in zip(NAMES, found, plain, exact, strict=True):
+                assert_no_worse_than_one_rank(ours, base, want, f"{name}, {count}")
+
+
+@pytest.mark.parametrize("window", [256, 300, 1000])
+def test_windows_by_dense_kernels_lose_no_more_than_one(window: int) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a kernel with a mask")
+
+    case = PatternCase(
+        p.DilatedWindow(window - 1),
+        lambda H, _G, S: _near(H, S, 1, window - 1),
+    )
+    want, base = wanted(case), run_dense(case)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex, "attend", refuse)
+        got = run(case, "inductor", "auto")
+    for what, ours, plain, exact in zip(NAMES, got, base, want, strict=True):
+        assert_no_worse_than_one_rank(ours, plain, exact, f"{what}, window {window}")

@@ -10,7 +10,8 @@ from ringcompile.ir.layout import LAYOUTS, Layout
 from ringcompile.ir.mask import Mask, causal, key_padding
 from ringcompile.ir.schedule import Kernel, Selection
 from ringcompile.ir.text import format_mask
-from ringcompile.lowering.cut_selected import Call, Compact, cut_selected
+from ringcompile.lowering.calls import Call
+from ringcompile.lowering.cut_selected import Compact, cut_selected
 from ringcompile.lowering.selected import TableSpec
 from ringcompile.patterns import (
     AttentionSpec,

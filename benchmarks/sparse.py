@@ -1,0 +1,203 @@
+"""Sparse attention over a sequence that is cut across GPUs, beside its peers.
+
+    torchrun --nproc-per-node 2 benchmarks/sparse.py --json sparse.json
+    torchrun --nproc-per-node 2 benchmarks/sparse.py --device cpu --tokens 1024
+
+Useful TFLOP/s per GPU as in attention.py, of the pairs that count. ``share`` is the
+speed-up over the dense causal ring of the same run, divided by what the pairs that
+count promise: 1 is all that sparsity can give. Documents have other bounds in each
+call, and what is made of them (torch's block mask) is timed with it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import count
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from measure import (
+    Call,
+    Peer,
+    Sizes,
+    make_mesh,
+    make_parser,
+    print_row,
+    read_rows,
+    save_rows,
+    try_peer,
+)
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.experimental import _context_parallel
+from torch.nn.attention.flex_attention import flex_attention
+
+import ringcompile
+from ringcompile import patterns as p
+
+_DOCUMENTS = 8  # that a sequence has, one with another
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    torch._check(q.shape[2] == k.shape[2])  # noqa: SLF001 - its public name
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def _attend_documents(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    torch._check(q.shape[2] == k.shape[2] == ids.shape[1])  # noqa: SLF001
+    at = torch.arange(q.shape[2], device=q.device)
+    mask = (ids[:, None, :, None] == ids[:, None, None]) & (at[:, None] >= at)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def _draw_documents(sizes: Sizes, mesh: DeviceMesh, seed: int) -> Tensor:
+    """Numbers of documents, ``(1, S)``, the same on all ranks."""
+    total = sizes.tokens * sizes.num_ranks
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, total, (_DOCUMENTS - 1, 1), generator=generator)
+    ids = (torch.arange(total) >= starts).sum(0, keepdim=True)
+    return ids.to(mesh.device_type)
+
+
+def _share_of_documents(total: int) -> float:
+    """Expected share of causal pairs that are of one document."""
+    x = torch.arange(1, total + 1, dtype=torch.float64)
+    return float(
+        ((1 - x / total) ** (_DOCUMENTS - 1) * (total - x)).sum() * 2 / total**2
+    )
+
+
+@contextmanager
+def _ring(
+    sizes: Sizes, mesh: DeviceMesh, *, layout: str = "zigzag", **options: object
+) -> Iterator[Call]:
+    torch.compiler.reset()
+    inputs = [x.requires_grad_() for x in sizes.draw(mesh, sizes.tokens)]
+    given = {"inputs": "sharded", "layout": layout, **options}
+    compiled = torch.compile(_attend, backend="ring", dynamic=True, options=given)
+    yield Call(lambda: (compiled(*inputs),), inputs)
+
+
+@contextmanager
+def _ring_documents(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Call]:
+    torch.compiler.reset()
+    inputs = [x.requires_grad_() for x in sizes.draw(mesh, sizes.tokens)]
+    given = {"inputs": "sharded", "layout": "zigzag"}
+    compiled = torch.compile(
+        _attend_documents, backend="ring", dynamic=True, options=given
+    )
+    seeds = count()
+
+    def forward() -> tuple[Tensor, ...]:
+        ids = _draw_documents(sizes, mesh, next(seeds))
+        mine = ringcompile.shard(ids, 1, layout="zigzag", mesh=mesh).contiguous()
+        return (compiled(*inputs, mine),)
+
+    yield Call(forward, inputs)
+
+
+class _Flex(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, block_mask: object) -> Tensor:
+        out: Tensor = flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True)  # type: ignore[arg-type,assignment]
+        return out
+
+
+@contextmanager
+def _flex_documents(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Call]:
+    """Torch's context_parallel of flex_attention, balanced by head and tail."""
+    torch.compiler.reset()
+    of_torch = _context_parallel._attention  # noqa: SLF001 - there is no public name
+    balance = _context_parallel._load_balancer._HeadTailLoadBalancer  # noqa: SLF001
+    inputs = [x.requires_grad_() for x in sizes.draw(mesh, sizes.tokens)]
+    total = sizes.tokens * sizes.num_ranks
+    balancer = balance(total, sizes.num_ranks, mesh.device_type)
+    plan = of_torch._ContextParallel(  # noqa: SLF001
+        seq_dim=2,
+        attention_type=of_torch._ContextParallel.AttentionType.FLEX,  # noqa: SLF001
+    )
+    module = plan._apply(_Flex(), mesh)  # noqa: SLF001
+    compiled = torch.compile(module)
+    known = _draw_documents(sizes, mesh, 0)
+    seeds = count()
+
+    def mask_mod(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (known[0, q] == known[0, k]) & (q >= k)
+
+    def forward() -> tuple[Tensor, ...]:
+        known.copy_(_draw_documents(sizes, mesh, next(seeds)))
+        mask = of_torch._create_cp_block_mask(  # noqa: SLF001
+            mask_mod, 1, 1, total, total, mesh, load_balancer=balancer
+        )
+        return (compiled(*inputs, mask),)
+
+    yield Call(forward, inputs)
+
+
+def _patterns(total: int) -> dict[str, tuple[p.LongNet | p.MaskPattern, str]]:
+    """What is put on top of a causal mask, and the layout that suits it."""
+    eighth = total // 16
+    return {
+        "window 4096": (p.DilatedWindow(4095), "contiguous"),
+        "dilated window 1024 x 4": (p.DilatedWindow(1024, 4), "contiguous"),
+        "LongNet": (
+            p.LongNet((2048, 8192, 32768), (1, 4, 16), offset="kv_head"),
+            "contiguous",
+        ),
+        "local window, blocks": (p.LocalWindow(eighth, 128), "contiguous"),
+        "BigBird, 10 %": (p.BigBird(8, 2, 1, 128).with_density(total, 0.10), "zigzag"),
+        "BigBird, 5 %": (p.BigBird(8, 2, 1, 128).with_density(total, 0.05), "zigzag"),
+    }
+
+
+def _share_of(pattern: p.LongNet | p.MaskPattern, total: int) -> float:
+    """Of the causal pairs those that count."""
+    if isinstance(pattern, p.MaskPattern):
+        return pattern.density(total, is_causal=True)
+    sizes = zip(pattern.segments, pattern.rates, strict=True)
+    return sum(segment / rate**2 for segment, rate in sizes) / total
+
+
+def main() -> None:
+    """Measure all rows that the file has not, and print a table."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--heads", default="32:8")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[16384, 32768])
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of names")
+    args = parser.parse_args()
+    mesh = make_mesh(args.device)
+    rows = read_rows(args.json)
+    for tokens in args.tokens:
+        dense = Sizes(*map(int, args.heads.split(":")), tokens, mesh.size())
+        total = tokens * mesh.size()
+        documents = replace(dense, share=_share_of_documents(total))
+        cases: dict[str, tuple[Peer, Sizes]] = {
+            "documents": (_ring_documents, documents),
+            "documents, torch flex CP": (_flex_documents, documents),
+        }
+        for name, (pattern, layout) in _patterns(total).items():
+            peer: Callable[..., object] = partial(
+                _ring, layout=layout, attention=pattern
+            )
+            cases[name] = peer, replace(dense, share=_share_of(pattern, total))  # type: ignore[assignment]
+        base = None
+        for name, (case, sizes) in cases.items():
+            if not any(part in name for part in args.only):
+                continue
+            key = f"{name}, {sizes}, {args.device}"
+            if "both" not in rows.get(key, {}):
+                if base is None:
+                    base = try_peer(_ring, dense, mesh, args.rounds)  # of this run
+                    print_row(f"dense causal ring, {dense}", base)
+                row = try_peer(case, sizes, mesh, args.rounds)
+                if "both" in row and "both" in base:
+                    row["share"] = sizes.share * base["both_ms"] / row["both_ms"]
+                rows[key] = row
+                save_rows(args.json, rows)
+            print_row(key, rows[key])
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Windows as dense kernel calls: a band of pairs is a row of triangles.
+
+Rows in runs of the window's length see, of one run of keys, those up to the diagonal
+and, of the run before, those from the diagonal on: kernels without a mask, all runs in
+one batch. Invariant: a pair that counts is in exactly one call, and no other is.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import sympy
+from sympy.logic.boolalg import Boolean
+
+from ringcompile.ir.layout import Side
+from ringcompile.ir.mask import K, Q
+from ringcompile.ir.schedule import Coverage, Kernel, Piece
+from ringcompile.ir.sums import split_terms
+from ringcompile.lowering.calls import Call, join_calls, rows
+from ringcompile.plan.coverage import find_coverage
+from ringcompile.plan.tiles import Strip, find_parts
+
+_MOST_CALLS = 16
+LEAST_WINDOW = {"cpu": 16, "cuda": 256}
+"""Rows of a window below which one kernel with a mask is faster, by device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Row i sees the rows j of ``least <= i - j <= most``."""
+
+    least: int
+    most: int
+
+    @property
+    def width(self) -> int:
+        """How many rows a row sees, far from all edges."""
+        return self.most - self.least + 1
+
+
+def cut_window(
+    piece: Piece,
+    keeps: Boolean,
+    sides: tuple[Side, Side],
+    ranks: tuple[int, int],
+    *,
+    least_width: int,
+) -> Sequence[Piece]:
+    """A piece under a mask as calls without one, if the mask keeps a wide band.
+
+    Args:
+        piece: of a tile, its rows those of shards.
+        keeps: the mask.
+        sides: where queries and keys lie, of known lengths.
+        ranks: whose queries, whose keys.
+        least_width: rows of a band below which the piece stays.
+
+    Returns:
+        The calls, or the piece as it is.
+    """
+    q_strips, kv_strips = (
+        find_parts(side, rank, of.resolve(side.chunk or 0))
+        for side, rank, of in zip(sides, ranks, (piece.q, piece.kv), strict=True)
+    )
+    calls: list[Call] = []
+    for q, kv in product(q_strips, kv_strips):
+        band = _find_band(keeps, q, kv)
+        if band is None or 0 < band.width < least_width:
+            return (piece,)
+        calls += (
+            _move(call, q.row[1], kv.row[1])
+            for call in cut_band(band, q.count[1], kv.count[1])
+        )
+    return calls if len(calls) <= _MOST_CALLS else (piece,)
+
+
+def _find_band(keeps: Boolean, q: Strip, kv: Strip) -> Band | None:
+    """What a mask keeps of two runs; None: not a band."""
+    decision = find_coverage(keeps, q.span, kv.span)
+    least, most = -kv.count[1], q.count[1]  # no row is as far from another
+    if decision.coverage is Coverage.EMPTY:
+        return Band(0, -1)
+    stride = q.span.stride
+    is_run = q.order is None and kv.order is None and stride == kv.span.stride
+    if decision.undecided and not is_run:
+        return None
+    apart = q.span.start[1] - kv.span.start[1]
+    for atom in decision.undecided:
+        if not isinstance(atom, sympy.Ge):
+            return None
+        terms, constant = split_terms(atom.lhs)
+        if terms == {Q: 1, K: -1}:  # i - j >= (-constant - apart) / stride
+            least = max(least, -((constant + apart) // stride))
+        elif terms == {Q: -1, K: 1}:
+            most = min(most, (constant - apart) // stride)
+        else:
+            return None
+    return Band(least, most)
+
+
+def _move(call: Call, q: int, kv: int) -> Call:
+    (_, a), (_, b) = call.q.start, call.q.stop
+    (_, c), (_, d) = call.kv.start, call.kv.stop
+    return replace(call, q=rows(q + a, q + b), kv=rows(kv + c, kv + d))
+
+
+def cut_band(band: Band, num_q: int, num_kv: int) -> list[Call]:
+    """The calls of a band over so many queries and keys."""
+    width = band.width
+    if width <= 0:
+        return []
+    lower: list[Call] = []
+    upper: list[Call] = []
+    for top in range(max(band.least, 0), min(num_q, band.most + num_kv), width):
+        # Of keys from ``top - most`` on the rows see those from the diagonal on, of
+        # keys from ``top - least`` on those up to it.
+        size = (num_q - top, num_kv)
+        lower += _cut_triangle(width, top, top - band.least, *size, is_upper=False)
+        upper += _cut_triangle(width - 1, top, top - band.most, *size, is_upper=True)
+    return [call for calls in (lower, upper) for call in join_calls(calls)]
+
+
+def _cut_triangle(
+    side: int, top: int, left: int, num_q: int, num_kv: int, *, is_upper: bool
+) -> Iterator[Call]:
+    """A triangle, both of its legs included, as far as rows and keys exist.
+
+    Args:
+        side: rows and columns of its square.
+        top: its first row.
+        left: its first column, maybe before all keys.
+        num_q: how many rows there are from ``top`` on.
+        num_kv: how many keys there are.
+        is_upper: whether row i has the columns ``j >= i``, not ``j <= i``.
+    """
+    bottom, first, stop = min(side, num_q), max(0, -left), min(side, num_kv - left)
+    if bottom <= 0 or first >= stop:
+        return
+    middle = max(first, min(bottom, stop))  # where the diagonal leaves it
+    boxes = [(0, min(first, bottom), first, stop), (first, middle, middle, stop)]
+    if not is_upper:
+        boxes = [(middle, bottom, first, middle)]
+    for a, b, c, d in ((first, middle, first, middle), *boxes):
+        if a < b and c < d:
+            is_triangle = (a, b) == (c, d) and b - a > 1
+            yield Call(
+                rows(top + a, top + b),
+                rows(left + c, left + d),
+                Kernel.CAUSAL if is_triangle else Kernel.FULL,
+                is_upper=is_triangle and is_upper,
+            )

@@ -1,0 +1,251 @@
+"""Which blocks of pairs count, where that is known at run time only.
+
+Ranges of what a mask compares, over a block's queries and over its keys, decide whether
+all of a block's pairs count, or may: documents are runs of equal numbers, so most
+blocks are decided. All of it is a few small tensors in the user's graph, made anew each
+time. Invariant: a block that is left out holds no pair that counts, and in a full one
+all do, whatever captures hold.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import sympy
+import torch
+from sympy.core.function import AppliedUndef
+from sympy.logic.boolalg import Boolean
+from torch import Tensor
+
+from ringcompile import ops
+from ringcompile.ir.evaluate import evaluate_value
+from ringcompile.ir.mask import B, H, K, Q, capture, is_capture
+from ringcompile.ir.sums import split_floor
+from ringcompile.torch_private import BlockLists
+
+_ROWS, _COLUMNS = 2, 3  # dims of queries and keys
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """The pairs that blocks are cut out of.
+
+    Attributes:
+        at: ``(b, h, q, k)`` of them, int64, which broadcast to ``(B, H, n, m)``.
+        captures: what masks read.
+        block: rows and columns of a block.
+    """
+
+    at: tuple[Tensor, Tensor, Tensor, Tensor]
+    captures: Sequence[Tensor]
+    block: int
+
+
+_Range = tuple[Tensor, Tensor]
+"""The least and the greatest value in each block, ``(B, H, n / block, m / block)``."""
+
+
+def find_lists(keeps: Boolean, pairs: Pairs) -> BlockLists:
+    """The blocks of a mask, as ``flex_attention`` takes them."""
+    must, may = _decide(keeps, pairs)
+    size = torch.broadcast_shapes(must.shape, _sizes(pairs))
+    return BlockLists(*ops.LIST_BLOCKS(must.expand(size), may.expand(size)))
+
+
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """A predicate on rows and columns instead of positions.
+
+    Attributes:
+        keeps: the predicate.
+        captures: what it reads.
+        is_within: whether no index it reads at is past an end.
+    """
+
+    keeps: Boolean
+    captures: tuple[Tensor, ...]
+    is_within: bool
+
+
+def read_ahead(keeps: Boolean, pairs: Pairs) -> Readings:
+    """Read here, once for each row, what hangs on queries or on keys alone.
+
+    A kernel has one load for it then, and nothing to check.
+    """
+    values = list[Tensor]()
+    done = dict[sympy.Basic, sympy.Basic]()
+
+    def load(e: sympy.Basic) -> sympy.Expr:
+        value = evaluate_value(e, pairs.at, pairs.captures)
+        value = value[(None,) * (4 - value.dim())]
+        for dim, symbol in reversed(list(enumerate((B, H, Q, K)))):
+            if symbol not in e.free_symbols:
+                value = value.select(dim, 0)
+        values.append(value.contiguous())
+        symbols = [x for x in (B, H, Q, K) if x in e.free_symbols]
+        return capture(len(values) - 1, *symbols)
+
+    def rewrite(e: sympy.Basic) -> sympy.Basic:
+        if e not in done:
+            done[e] = rewrite_new(e)
+        return done[e]
+
+    def rewrite_new(e: sympy.Basic) -> sympy.Basic:
+        is_read = is_capture(e)
+        if e in {Q, K} or (is_read and not _reads_pairs(e)):
+            return load(e)
+        args = [rewrite(arg) for arg in e.args]
+        if not is_read:
+            return e.func(*args) if args else e
+        kind, number = e.func.__name__[0], int(e.func.__name__[1:])
+        values.append(pairs.captures[number])
+        name = f"{kind}{len(values) - 1}"
+        return sympy.Function(name, integer=True)(*args)
+
+    is_within = not any(
+        is_capture(e) and _reads_pairs(e) for e in keeps.atoms(AppliedUndef)
+    )
+    return Readings(rewrite(keeps), tuple(values), is_within)
+
+
+def _reads_pairs(e: sympy.Basic) -> bool:
+    return {Q, K} <= e.free_symbols or not e.free_symbols
+
+
+def _sizes(pairs: Pairs) -> tuple[int, int, int, int]:
+    """Of tensors of blocks, dims of batch and heads being 1."""
+    n, m = pairs.at[2].shape[_ROWS], pairs.at[3].shape[_COLUMNS]
+    return (
+        1,
+        1,
+        (n + pairs.block - 1) // pairs.block,
+        (m + pairs.block - 1) // pairs.block,
+    )
+
+
+def _list(are_on: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of each row are on, and which; behind those the others."""
+    counts = are_on.sum(-1, dtype=torch.int32)
+    order = are_on.to(torch.int8).argsort(stable=True, dim=-1, descending=True)
+    return counts, order.to(torch.int32).contiguous()
+
+
+def _list_blocks(must: Tensor, may: Tensor) -> list[Tensor]:
+    """Kernels of torch: of two equal sizes that are symbols Inductor makes no code."""
+    some = may & ~must
+    return [x for t in (some, must, some.mT, must.mT) for x in _list(t)]
+
+
+def _list_shapes(must: Tensor, _may: Tensor) -> list[Tensor]:
+    batch, heads, n, m = must.shape
+    shapes = [(batch, heads, n), (batch, heads, n, m)] * 2
+    shapes += [(batch, heads, m), (batch, heads, m, n)] * 2
+    return [must.new_empty(shape, dtype=torch.int32) for shape in shapes]
+
+
+ops.LIBRARY.impl("list_blocks", _list_blocks, "CompositeExplicitAutograd")
+torch.library.register_fake("ringcompile::list_blocks", _list_shapes, lib=ops.LIBRARY)
+
+
+# ---- predicates: whether all pairs of a block count, and whether any may -------------
+
+
+def _decide(p: Boolean, pairs: Pairs) -> _Range:
+    exact = _find_exact(p, pairs)
+    if exact is not None:
+        return exact[0].bool(), exact[1].bool()
+    if isinstance(p, (sympy.And, sympy.Or)):
+        join = torch.logical_and if isinstance(p, sympy.And) else torch.logical_or
+        must, may = _decide(p.args[0], pairs)
+        for arg in p.args[1:]:
+            other = _decide(arg, pairs)
+            must, may = join(must, other[0]), join(may, other[1])
+        return must, may
+    found = _find_range(p.lhs - p.rhs, pairs) if p.is_Relational else None
+    if found is None:
+        zero = pairs.at[3].new_zeros((1, 1, 1, 1))
+        return zero != 0, zero == 0
+    low, high = found  # NaN, if a capture is
+    if isinstance(p, sympy.Ge):
+        return low >= 0, ~(high < 0)
+    is_zero, may_be_zero = (low == 0) & (high == 0), ~((low > 0) | (high < 0))
+    if isinstance(p, sympy.Eq):
+        return is_zero, may_be_zero
+    assert isinstance(p, sympy.Ne), f"a predicate {p}"
+    return ~may_be_zero, ~is_zero
+
+
+# ---- sums: their ranges; None: not known ---------------------------------------------
+
+
+def _find_range(e: sympy.Expr, pairs: Pairs) -> _Range | None:
+    exact = _find_exact(e, pairs)
+    if exact is not None:
+        return exact
+    if isinstance(e, sympy.Add):
+        return _find_sum(e, pairs)
+    if isinstance(e, (sympy.floor, sympy.Mod)):
+        return _find_quotient(e, pairs)
+    if not isinstance(e, sympy.Mul) or not e.args[0].is_Integer:
+        return None
+    factor, rest = e.as_two_terms()
+    found = _find_range(rest, pairs)
+    if found is None:
+        return None
+    low, high = (int(factor) * x for x in found)
+    return (low, high) if factor >= 0 else (high, low)
+
+
+def _find_sum(e: sympy.Add, pairs: Pairs) -> _Range | None:
+    total: _Range | None = None
+    for arg in e.args:
+        found = _find_range(arg, pairs)
+        if found is None:
+            return None
+        total = found if total is None else (total[0] + found[0], total[1] + found[1])
+    return total
+
+
+def _find_quotient(e: sympy.Expr, pairs: Pairs) -> _Range | None:
+    """Of ``floor(x / n)`` or of ``x mod n``."""
+    x, n = split_floor(e) if isinstance(e, sympy.floor) else (e.args[0], int(e.args[1]))
+    found = _find_range(x, pairs)
+    if found is None:
+        return None
+    low, high = found
+    first, last = (
+        torch.div(x, n, rounding_mode="floor").to(torch.int64) for x in found
+    )
+    if isinstance(e, sympy.floor):
+        return first, last
+    is_one = first == last
+    return (
+        torch.where(is_one, low - n * first, 0),
+        torch.where(is_one, high - n * last, n - 1),
+    )
+
+
+def _find_exact(e: sympy.Basic, pairs: Pairs) -> _Range | None:
+    """Of what reads queries or keys alone, row by row."""
+    symbols = e.free_symbols
+    if {Q, K} <= symbols:
+        return None
+    value = evaluate_value(e, pairs.at, pairs.captures)
+    if value.dtype == torch.bool:
+        value = value.to(torch.int64)
+    value = value[(None,) * (4 - value.dim())]
+    for symbol, dim in ((Q, _ROWS), (K, _COLUMNS)):
+        if symbol in symbols:
+            return _reduce(value, dim, pairs.block, torch.amin), _reduce(
+                value, dim, pairs.block, torch.amax
+            )
+    return value, value
+
+
+def _reduce(
+    x: Tensor, dim: int, block: int, over: Callable[[Tensor, int], Tensor]
+) -> Tensor:
+    """Over blocks of a dim; the last one is filled up with its last row."""
+    size = x.shape[dim]
+    count = (size + block - 1) // block
+    rows = torch.arange(count * block, device=x.device).clamp(max=size - 1)
+    return over(x.index_select(dim, rows).unflatten(dim, (count, block)), dim + 1)

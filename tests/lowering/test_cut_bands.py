@@ -1,0 +1,186 @@
+"""Windows as dense calls: each pair once, and what each call computes."""
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ringcompile.ir.evaluate import evaluate
+from ringcompile.ir.layout import LAYOUTS, Layout, Side
+from ringcompile.ir.mask import Mask, causal, conjunction, key_padding, window
+from ringcompile.ir.schedule import Kernel, Piece
+from ringcompile.lowering.calls import Call
+from ringcompile.lowering.cut_bands import Band, cut_band, cut_window
+from ringcompile.lowering.tiles.dense import attend, attend_backward
+from ringcompile.lowering.tiles.pieces import View
+from ringcompile.plan.tiles import build_tile
+
+
+def count_pairs(calls: Iterable[Piece], num_q: int, num_kv: int) -> Tensor:
+    """How often each pair is computed; -1000 off where a mask decides."""
+    total = torch.zeros(num_q, num_kv, dtype=torch.int64)
+    for call in calls:
+        assert isinstance(call, Call)
+        assert call.kernel is not Kernel.MASKED
+        height, width = call.runs
+        for g in range(call.groups):
+            top = call.q.start[1] + g * (height + call.gap)
+            left = call.kv.start[1] + g * (width + call.gap)
+            found = torch.ones(height, width, dtype=torch.int64)
+            if call.kernel is Kernel.CAUSAL:
+                assert height == width
+                found = found.triu() if call.is_upper else found.tril()
+            assert top + height <= call.q.stop[1] <= num_q
+            assert left + width <= call.kv.stop[1] <= num_kv
+            total[top : top + height, left : left + width] += found
+    return total
+
+
+@given(
+    st.integers(1, 40), st.integers(1, 40), st.integers(-45, 45), st.integers(-45, 45)
+)
+def test_each_pair_of_a_band_is_in_one_call(
+    num_q: int, num_kv: int, least: int, most: int
+) -> None:
+    apart = torch.arange(num_q)[:, None] - torch.arange(num_kv)
+    want = ((apart >= least) & (apart <= most)).long()
+    found = count_pairs(cut_band(Band(least, most), num_q, num_kv), num_q, num_kv)
+    assert torch.equal(found, want)
+
+
+def _describe(calls: Iterable[Call]) -> str:
+    return "\n".join(
+        f"{c.groups} x {'upper' if c.is_upper else c.kernel.value} q {c.q} kv {c.kv}"
+        for c in calls
+    )
+
+
+def test_a_window_is_two_batches_of_triangles() -> None:
+    calls = cut_band(Band(0, 15), 64, 64)
+    assert_expected_inline(
+        _describe(calls),
+        """\
+4 x causal q 0:64 kv 0:64
+3 x upper q 16:63 kv 1:48""",
+    )
+    assert [c.runs for c in calls] == [(16, 16), (15, 15)]
+
+
+def test_the_shard_before_is_seen_by_one_triangle() -> None:
+    calls = cut_band(Band(-64, -49), 15, 64)
+    assert_expected_inline(_describe(calls), """1 x upper q 0:15 kv 49:64""")
+
+
+MASKS = {
+    "causal window": conjunction(causal(), window(left=7)),
+    "both sides": window(left=5, right=9),
+    "behind": window(left=11, right=-3),
+    "causal": causal(),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("cp_size", "length"), [(1, 40), (2, 64), (3, 61), (4, 96)])
+def test_calls_of_all_tiles_are_the_mask(
+    layout: str, mask: str, cp_size: int, length: int
+) -> None:
+    curve = (16, 2) if layout == "hilbert" else ()
+    keeps, where = MASKS[mask], Layout(layout, cp_size, *curve)
+    side = Side(where, length)
+    chunk = where.chunk_size(length)
+    total = torch.zeros(length, length, dtype=torch.int64)
+    cut_some = False
+    for q_rank in range(cp_size):
+        for kv_rank in range(cp_size):
+            tile = build_tile(Mask(keeps), where, q_rank, kv_rank, length)
+            places = [
+                where.position_tensor(r, chunk, length=length)
+                for r in (q_rank, kv_rank)
+            ]
+            for piece in tile.pieces:
+                calls = cut_window(
+                    piece, keeps, (side, side), (q_rank, kv_rank), least_width=2
+                )
+                if calls == (piece,):
+                    rows = (
+                        slice(*piece.q.resolve(chunk)),
+                        slice(*piece.kv.resolve(chunk)),
+                    )
+                    q, k = (p[r] for p, r in zip(places, rows, strict=True))
+                    found = _of_piece(piece, keeps, q, k)
+                    total[q[:, None], k] += found
+                    continue
+                cut_some = True
+                q, k = (p[p < length] for p in places)
+                total[q[:, None], k] += count_pairs(calls, len(q), len(k))
+    at = torch.arange(length)
+    zero = torch.zeros((), dtype=torch.int64)
+    want = evaluate(keeps, (zero, zero, at[:, None], at), ())
+    assert torch.equal(total, want.expand(length, length).long())
+    assert cut_some or mask == "causal" or layout == "hilbert"
+
+
+def _of_piece(piece: Piece, keeps: object, q: Tensor, k: Tensor) -> Tensor:
+    zero = torch.zeros((), dtype=torch.int64)
+    if piece.kernel is Kernel.CAUSAL:
+        return torch.ones(len(q), len(k), dtype=torch.int64).tril()
+    if piece.kernel is Kernel.FULL:
+        return torch.ones(len(q), len(k), dtype=torch.int64)
+    return evaluate(keeps, (zero, zero, q[:, None], k), ()).long()
+
+
+def test_what_captures_decide_stays_masked() -> None:
+    layout = Layout("contiguous", 1)
+    keeps = conjunction(causal(), window(left=7), key_padding(0))
+    (piece,) = build_tile(Mask(keeps, 1), layout, 0, 0, 64).pieces
+    side = Side(layout, 64)
+    assert cut_window(piece, keeps, (side, side), (0, 0), least_width=2) == (piece,)
+
+
+def test_a_narrow_window_stays_masked() -> None:
+    layout, keeps = Layout("contiguous", 1), MASKS["causal window"]
+    (piece,) = build_tile(Mask(keeps), layout, 0, 0, 64).pieces
+    side = Side(layout, 64)
+    assert cut_window(piece, keeps, (side, side), (0, 0), least_width=9) == (piece,)
+    assert len(cut_window(piece, keeps, (side, side), (0, 0), least_width=8)) == 2
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+def test_a_batch_of_upper_triangles_computes_what_it_says(num_kv_heads: int) -> None:
+    call = cut_band(Band(0, 3), 12, 12)[1]
+    assert (call.is_upper, call.groups, call.gap) == (True, 2, 1)
+    n = call.q.stop[1] - call.q.start[1]
+    random = torch.Generator().manual_seed(0)
+    q, grad = (torch.randn(2, 2, n, 8, generator=random).double() for _ in range(2))
+    k, v = (
+        torch.randn(2, num_kv_heads, n, 8, generator=random).double() for _ in range(2)
+    )
+    kept = count_pairs([call], 12, 12)[
+        call.q.start[1] : call.q.stop[1], call.kv.start[1] : call.kv.stop[1]
+    ].bool()
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    wide = [x.repeat_interleave(2 // num_kv_heads, 1) for x in (k, v)]
+    scores = (0.5 * q @ wide[0].mT).masked_fill(~kept, -torch.inf)
+    want_lse = scores.logsumexp(-1)
+    weights = torch.where(kept, scores.softmax(-1), 0.0)
+    want = weights @ wide[1]
+    want_grads = torch.autograd.grad(want, inputs, grad)
+    view = View.of(call, q)
+    with torch.no_grad():
+        tensors = [view.take(x) for x in (q, k, v)]
+        out, lse = view.put_queries(*attend(*tensors, is_causal=True, scale=0.5))
+        torch.testing.assert_close(out, want.detach())
+        torch.testing.assert_close(lse, want_lse.detach())
+        saved = torch.where(lse == -torch.inf, torch.inf, lse)
+        grads = view.put_gradients(
+            *attend_backward(
+                *map(view.take, (grad, q, k, v, out, saved)), is_causal=True, scale=0.5
+            )
+        )
+    for found, expected in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(found, expected)
