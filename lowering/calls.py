@@ -14,22 +14,26 @@ class Call(Piece):
             on. More than one never under a mask.
         gap: rows between two runs.
         is_upper: of a causal call: row i sees the rows j >= i of its square instead.
+        classes: rows are dealt out to so many classes by turns, and meet those of their
+            class alone; runs and gaps count rows of one class.
         heads: query heads that take part; None for all.
     """
 
     groups: int = 1
     gap: int = 0
     is_upper: bool = False
+    classes: int = 1
     heads: tuple[int, int] | None = None
 
     @property
     def runs(self) -> tuple[int, int]:
         """Rows of a run, of q and of kv."""
-        q, kv = (_size(rows) + self.gap for rows in (self.q, self.kv))
+        q, kv = (_size(of) // self.classes + self.gap for of in (self.q, self.kv))
         return q // self.groups - self.gap, kv // self.groups - self.gap
 
     def join(self, other: "Call") -> "Call | None":
         """This call and one of one run behind it as one call; None: they don't fit."""
+        assert self.classes == other.classes == 1, "classes come later"
         if (
             (self.kernel, self.is_upper) != (other.kernel, other.is_upper)
             or self.kernel is Kernel.MASKED

@@ -2,12 +2,13 @@
 
 Rows in runs of the window's length see, of one run of keys, those up to the diagonal
 and, of the run before, those from the diagonal on: kernels without a mask, all runs in
-one batch. Invariant: a pair that counts is in exactly one call, and no other is.
+one batch. Of a dilated window that is so for each class of rows. Invariant: a pair that
+counts is in exactly one call, and no other is.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import permutations, product
 
 import sympy
 from sympy.logic.boolalg import Boolean
@@ -17,10 +18,12 @@ from ringcompile.ir.mask import K, Q
 from ringcompile.ir.schedule import Coverage, Kernel, Piece
 from ringcompile.ir.sums import split_terms
 from ringcompile.lowering.calls import Call, join_calls, rows
-from ringcompile.plan.coverage import find_coverage
+from ringcompile.plan.coverage import Span, find_coverage
 from ringcompile.plan.tiles import Strip, find_parts
 
 _MOST_CALLS = 16
+_MOST_CLASSES = 32
+_FAR = 2**40
 LEAST_WINDOW = {"cpu": 16, "cuda": 256}
 """Rows of a window below which one kernel with a mask is faster, by device."""
 
@@ -64,12 +67,13 @@ def cut_window(
     )
     calls: list[Call] = []
     for q, kv in product(q_strips, kv_strips):
-        band = _find_band(keeps, q, kv)
-        if band is None or 0 < band.width < least_width:
+        found = _find_classes(keeps, q, kv)
+        if found is None or 0 < found[0].width < least_width:
             return (piece,)
+        band, n = found
         calls += (
-            _move(call, q.row[1], kv.row[1])
-            for call in cut_band(band, q.count[1], kv.count[1])
+            _move(call, q.row[1], kv.row[1], n)
+            for call in cut_band(band, q.count[1] // n, kv.count[1] // n)
         )
     return calls if len(calls) <= _MOST_CALLS else (piece,)
 
@@ -77,7 +81,7 @@ def cut_window(
 def _find_band(keeps: Boolean, q: Strip, kv: Strip) -> Band | None:
     """What a mask keeps of two runs; None: not a band."""
     decision = find_coverage(keeps, q.span, kv.span)
-    least, most = -kv.count[1], q.count[1]  # no row is as far from another
+    least, most = -_FAR, _FAR
     if decision.coverage is Coverage.EMPTY:
         return Band(0, -1)
     stride = q.span.stride
@@ -98,10 +102,47 @@ def _find_band(keeps: Boolean, q: Strip, kv: Strip) -> Band | None:
     return Band(least, most)
 
 
-def _move(call: Call, q: int, kv: int) -> Call:
+def _find_classes(keeps: Boolean, q: Strip, kv: Strip) -> tuple[Band, int] | None:
+    """A band that each of so many classes of rows has, one class with one other."""
+    band = _find_band(keeps, q, kv)
+    if band is not None:
+        return band, 1
+    for n in sorted({int(m.args[1]) for m in keeps.atoms(sympy.Mod)}):
+        if n > _MOST_CLASSES or q.count[1] % n or kv.count[1] % n:
+            continue
+        q_classes, kv_classes = ([_class(s, i, n) for i in range(n)] for s in (q, kv))
+        bands = {
+            _find_band(keeps, *of) for of in zip(q_classes, kv_classes, strict=True)
+        }
+        are_apart = all(
+            find_coverage(keeps, q_classes[i].span, kv_classes[j].span).coverage
+            is Coverage.EMPTY
+            for i, j in permutations(range(n), 2)
+        )
+        if len(bands) == 1 and are_apart:
+            (band,) = bands
+            return None if band is None else (band, n)
+    return None
+
+
+def _class(strip: Strip, i: int, n: int) -> Strip:
+    """Rows i, i + n and so on."""
+    if strip.order is not None:
+        return Strip.of_order(strip.row, strip.order[i::n])
+    (_, start), stride = strip.span.start, strip.span.stride
+    count = (0, strip.count[1] // n)
+    return Strip(strip.row, Span((0, start + i * stride), n * stride, count))
+
+
+def _move(call: Call, q: int, kv: int, classes: int) -> Call:
     (_, a), (_, b) = call.q.start, call.q.stop
     (_, c), (_, d) = call.kv.start, call.kv.stop
-    return replace(call, q=rows(q + a, q + b), kv=rows(kv + c, kv + d))
+    return replace(
+        call,
+        q=rows(q + classes * a, q + classes * b),
+        kv=rows(kv + classes * c, kv + classes * d),
+        classes=classes,
+    )
 
 
 def cut_band(band: Band, num_q: int, num_kv: int) -> list[Call]:

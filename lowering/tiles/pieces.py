@@ -163,12 +163,10 @@ class View:
     Attributes:
         call: the runs of rows, and the query heads that take part.
         num_heads: H.
-        batch: B.
     """
 
     call: Call
     num_heads: int
-    batch: int
 
     @classmethod
     def of(cls, piece: Piece, q: Tensor) -> "View":
@@ -176,14 +174,16 @@ class View:
         call = piece
         if not isinstance(call, Call):
             call = Call(piece.q, piece.kv, piece.kernel)
-        return cls(call, q.shape[1], q.shape[0])
+        return cls(call, q.shape[1])
 
     def take(self, x: Tensor) -> Tensor:
-        """``(B, heads, n, ...)`` as ``(B * groups, its heads, rows of a run, ...)``."""
-        groups, gap = self.call.groups, self.call.gap
+        """Its heads of ``(B, heads, n, ...)``, every run of every class a batch."""
+        groups, gap, classes = self.call.groups, self.call.gap, self.call.classes
         if self.call.heads is not None:
             first, stop = self._scaled(x.shape[1])
             x = x[:, first:stop]
+        if classes > 1:
+            x = x.unflatten(2, (-1, classes)).movedim(3, 1).flatten(0, 1)
         if groups > 1:
             x = _with_gap_behind(x, gap, 0.0).unflatten(2, (groups, -1))
             x = x.narrow(3, 0, x.shape[3] - gap).transpose(1, 2).flatten(0, 1)
@@ -209,13 +209,15 @@ class View:
         )
 
     def _put(self, x: Tensor, num_heads: int, *, fill: float = 0.0) -> Tensor:
-        groups, gap = self.call.groups, self.call.gap
+        groups, gap, classes = self.call.groups, self.call.gap, self.call.classes
         if self.call.is_upper:
             x = x.flip(2)
         if groups > 1:
-            x = _with_gap_behind(x, gap, fill).unflatten(0, (self.batch, groups))
+            x = _with_gap_behind(x, gap, fill).unflatten(0, (-1, groups))
             x = x.transpose(1, 2).flatten(2, 3)
             x = x.narrow(2, 0, x.shape[2] - gap)
+        if classes > 1:
+            x = x.unflatten(0, (-1, classes)).movedim(1, 3).flatten(2, 3)
         if self.call.heads is None:
             return x
         first, stop = self._scaled(num_heads)

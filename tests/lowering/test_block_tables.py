@@ -3,7 +3,7 @@
 import pytest
 import sympy
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sympy.logic.boolalg import Boolean
 from torch import Tensor
@@ -127,6 +127,7 @@ def test_no_pair_is_left_out_and_full_blocks_are(name: str, layout: str) -> None
         check(MASKS[name], make_pairs(q, k, ids))
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 4), min_size=1, max_size=40),
     st.integers(1, 40),

@@ -1,19 +1,36 @@
 """Windows as dense calls: each pair once, and what each call computes."""
 
 from collections.abc import Iterable
+from dataclasses import replace
+from itertools import product
 
 import pytest
+import sympy
 import torch
 from expecttest import assert_expected_inline
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.ranks import RankPool
+from support.ring_cases import Case, join, run_cases
+from sympy.logic.boolalg import Boolean
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from ringcompile import ops
 from ringcompile.ir.evaluate import evaluate
 from ringcompile.ir.layout import LAYOUTS, Layout, Side
-from ringcompile.ir.mask import Mask, causal, conjunction, key_padding, window
+from ringcompile.ir.mask import (
+    K,
+    Mask,
+    Q,
+    causal,
+    conjunction,
+    equals_zero,
+    key_padding,
+    window,
+)
 from ringcompile.ir.schedule import Kernel, Piece
-from ringcompile.lowering.calls import Call
+from ringcompile.lowering.calls import Call, rows
 from ringcompile.lowering.cut_bands import Band, cut_band, cut_window
 from ringcompile.lowering.tiles.dense import attend, attend_backward
 from ringcompile.lowering.tiles.pieces import View
@@ -27,19 +44,25 @@ def count_pairs(calls: Iterable[Piece], num_q: int, num_kv: int) -> Tensor:
         assert isinstance(call, Call)
         assert call.kernel is not Kernel.MASKED
         height, width = call.runs
-        for g in range(call.groups):
-            top = call.q.start[1] + g * (height + call.gap)
-            left = call.kv.start[1] + g * (width + call.gap)
+        assert call.q.stop[1] <= num_q
+        assert call.kv.stop[1] <= num_kv
+        for n, g in product(range(call.classes), range(call.groups)):
+            q, kv = (
+                torch.arange(of.start[1] + n, of.stop[1], call.classes)[
+                    g * (size + call.gap) :
+                ][:size]
+                for of, size in ((call.q, height), (call.kv, width))
+            )
+            assert (len(q), len(kv)) == (height, width)
             found = torch.ones(height, width, dtype=torch.int64)
             if call.kernel is Kernel.CAUSAL:
                 assert height == width
                 found = found.triu() if call.is_upper else found.tril()
-            assert top + height <= call.q.stop[1] <= num_q
-            assert left + width <= call.kv.stop[1] <= num_kv
-            total[top : top + height, left : left + width] += found
+            total[q[:, None], kv] += found
     return total
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 40), st.integers(1, 40), st.integers(-45, 45), st.integers(-45, 45)
 )
@@ -75,11 +98,17 @@ def test_the_shard_before_is_seen_by_one_triangle() -> None:
     assert_expected_inline(_describe(calls), """1 x upper q 0:15 kv 49:64""")
 
 
+def _every(n: int) -> Boolean:
+    return equals_zero(sympy.Mod(Q - K, n))
+
+
 MASKS = {
     "causal window": conjunction(causal(), window(left=7)),
     "both sides": window(left=5, right=9),
     "behind": window(left=11, right=-3),
     "causal": causal(),
+    "dilated": conjunction(causal(), window(left=12), _every(4)),
+    "dilated, both sides": conjunction(window(left=12, right=9), _every(3)),
 }
 
 
@@ -122,7 +151,8 @@ def test_calls_of_all_tiles_are_the_mask(
     zero = torch.zeros((), dtype=torch.int64)
     want = evaluate(keeps, (zero, zero, at[:, None], at), ())
     assert torch.equal(total, want.expand(length, length).long())
-    assert cut_some or mask == "causal" or layout == "hilbert"
+    is_cut = layout != "hilbert" and "window" in mask
+    assert cut_some or not is_cut
 
 
 def _of_piece(piece: Piece, keeps: object, q: Tensor, k: Tensor) -> Tensor:
@@ -142,6 +172,18 @@ def test_what_captures_decide_stays_masked() -> None:
     assert cut_window(piece, keeps, (side, side), (0, 0), least_width=2) == (piece,)
 
 
+def test_a_dilated_window_is_cut_by_class() -> None:
+    layout, keeps = Layout("contiguous", 2), MASKS["dilated"]
+    side = Side(layout, 64)
+    for ranks, want in (((0, 0), 2), ((1, 0), 1)):
+        (piece,) = build_tile(Mask(keeps), layout, *ranks, 64).pieces
+        calls = cut_window(piece, keeps, (side, side), ranks, least_width=4)
+        assert len(calls) == want
+        for call in calls:
+            assert isinstance(call, Call)
+            assert call.classes == 4
+
+
 def test_a_narrow_window_stays_masked() -> None:
     layout, keeps = Layout("contiguous", 1), MASKS["causal window"]
     (piece,) = build_tile(Mask(keeps), layout, 0, 0, 64).pieces
@@ -150,17 +192,26 @@ def test_a_narrow_window_stays_masked() -> None:
     assert len(cut_window(piece, keeps, (side, side), (0, 0), least_width=8)) == 2
 
 
+@pytest.mark.parametrize("classes", [1, 3])
 @pytest.mark.parametrize("num_kv_heads", [1, 2])
-def test_a_batch_of_upper_triangles_computes_what_it_says(num_kv_heads: int) -> None:
+def test_a_batch_of_upper_triangles_computes_what_it_says(
+    num_kv_heads: int, classes: int
+) -> None:
     call = cut_band(Band(0, 3), 12, 12)[1]
     assert (call.is_upper, call.groups, call.gap) == (True, 2, 1)
+    if classes > 1:
+        of_q, of_kv = (
+            rows(classes * of.start[1], classes * of.stop[1])
+            for of in (call.q, call.kv)
+        )
+        call = replace(call, q=of_q, kv=of_kv, classes=classes)
     n = call.q.stop[1] - call.q.start[1]
     random = torch.Generator().manual_seed(0)
     q, grad = (torch.randn(2, 2, n, 8, generator=random).double() for _ in range(2))
     k, v = (
         torch.randn(2, num_kv_heads, n, 8, generator=random).double() for _ in range(2)
     )
-    kept = count_pairs([call], 12, 12)[
+    kept = count_pairs([call], 12 * classes, 12 * classes)[
         call.q.start[1] : call.q.stop[1], call.kv.start[1] : call.kv.stop[1]
     ].bool()
     inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -184,3 +235,37 @@ def test_a_batch_of_upper_triangles_computes_what_it_says(num_kv_heads: int) -> 
         )
     for found, expected in zip(grads, want_grads, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def run_unmasked(
+    group: ProcessGroup, rank: int, cases: tuple[Case, ...]
+) -> list[tuple[Tensor | None, ...]]:
+    """A kernel with a mask is an error."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a kernel with a mask")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MASKED_ATTENTION", "MASKED_ATTENTION_BACKWARD"):
+            patch.setattr(ops, name, refuse)
+        return run_cases(group, rank, cases)
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 3])
+def test_rings_take_no_kernel_with_a_mask(ranks: RankPool, cp_size: int) -> None:
+    heads = (4, 2, 16, 16)
+    cases = tuple(
+        Case(mask, layout, S, heads, dtype, compile=compiler)
+        for mask, layout, S, dtype, compiler in (
+            ("wide window", "contiguous", 108, torch.float32, "eager"),
+            ("wide window", "zigzag", 107, torch.float64, "eager"),
+            ("dilated window", "contiguous", 108, torch.float32, "expanded"),
+            ("wide window", "striped", 108, torch.float32, "expanded"),
+        )
+        if cp_size == 1 or layout != "striped"
+    )
+    by_rank = ranks.run(run_unmasked, cases, world_size=cp_size)
+    for case, *shards in zip(cases, *by_rank, strict=True):
+        for n, want in enumerate(case.expected()):
+            got = join(case, [s[n] for s in shards]).double()
+            assert (got - want).abs().max() <= 3e-6 * want.abs().max(), (case, n)

@@ -184,6 +184,10 @@ MASKS: dict[str, Callable[[Case], Parts]] = {
     "all": _plain(m.TRUE),
     "causal": _plain(m.causal()),
     "window": _plain(m.causal() & m.window(9)),
+    "wide window": _plain(m.causal() & m.window(17)),
+    "dilated window": _plain(
+        m.causal() & m.window(51) & m.equals_zero(sympy.Mod(m.Q - m.K, 3))
+    ),
     "two-sided window": _plain(m.window(5, 7)),
     "documents": _plain(m.causal() & m.documents(0)),
     "padding": _plain(m.causal() & m.key_padding(1)),
