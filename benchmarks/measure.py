@@ -44,7 +44,7 @@ class Sizes:
 
     @property
     def tflop(self) -> float:
-        """Useful work of one rank's forward: half of all pairs, two products."""
+        """Useful work of one rank's forward: the pairs that count, two products."""
         total = self.tokens * self.num_ranks
         pairs = self.share * total**2 / 2
         return 4 * pairs * self.heads * D / self.num_ranks / 1e12
@@ -56,10 +56,9 @@ class Sizes:
         )
 
     def draw(self, mesh: DeviceMesh, tokens: int) -> list[Tensor]:
-        """q, k and v of that many tokens, for each attention; other ones by rank."""
+        """q, k and v of that many tokens, for each attention."""
         on_gpu = mesh.device_type == "cuda"
-        seed = mesh.get_local_rank()
-        generator = torch.Generator(mesh.device_type).manual_seed(seed)
+        generator = torch.Generator(mesh.device_type).manual_seed(0)
         return [
             torch.randn(
                 *(1, n, tokens, D),

@@ -137,7 +137,6 @@ def _flex_documents(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Call]:
 
 def _patterns(total: int) -> dict[str, tuple[p.LongNet | p.MaskPattern, str]]:
     """What is put on top of a causal mask, and the layout that suits it."""
-    eighth = total // 16
     return {
         "window 4096": (p.DilatedWindow(4095), "contiguous"),
         "dilated window 1024 x 4": (p.DilatedWindow(1024, 4), "contiguous"),
@@ -145,7 +144,7 @@ def _patterns(total: int) -> dict[str, tuple[p.LongNet | p.MaskPattern, str]]:
             p.LongNet((2048, 8192, 32768), (1, 4, 16), offset="kv_head"),
             "contiguous",
         ),
-        "local window, blocks": (p.LocalWindow(eighth, 128), "contiguous"),
+        "local window, blocks": (p.LocalWindow(total // 16, 128), "contiguous"),
         "BigBird, 10 %": (p.BigBird(8, 2, 1, 128).with_density(total, 0.10), "zigzag"),
         "BigBird, 5 %": (p.BigBird(8, 2, 1, 128).with_density(total, 0.05), "zigzag"),
     }

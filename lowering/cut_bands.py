@@ -6,8 +6,9 @@ one batch. Of a dilated window that is so for each class of rows. Invariant: a p
 counts is in exactly one call, and no other is.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import permutations, product
 
 import sympy
@@ -24,8 +25,8 @@ from ringcompile.plan.tiles import Strip, find_parts
 _MOST_CALLS = 16
 _MOST_CLASSES = 32
 _FAR = 2**40
-LEAST_WINDOW = {"cpu": 16, "cuda": 256}
-"""Rows of a window below which one kernel with a mask is faster, by device."""
+LEAST_WINDOW = (16, 256)
+"""Rows of a window below which one kernel with a mask is faster: on CPU, on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class Band:
         return self.most - self.least + 1
 
 
+@lru_cache(maxsize=4096)
 def cut_window(
     piece: Piece,
     keeps: Boolean,
@@ -48,7 +50,7 @@ def cut_window(
     ranks: tuple[int, int],
     *,
     least_width: int,
-) -> Sequence[Piece]:
+) -> tuple[Piece, ...]:
     """A piece under a mask as calls without one, if the mask keeps a wide band.
 
     Args:
@@ -75,7 +77,7 @@ def cut_window(
             _move(call, q.row[1], kv.row[1], n)
             for call in cut_band(band, q.count[1] // n, kv.count[1] // n)
         )
-    return calls if len(calls) <= _MOST_CALLS else (piece,)
+    return tuple(calls) if len(calls) <= _MOST_CALLS else (piece,)
 
 
 def _find_band(keeps: Boolean, q: Strip, kv: Strip) -> Band | None:

@@ -222,7 +222,7 @@ def _build_tile(step: Step, part: Part, queries: RowSet, frame: Frame) -> TilePr
     if reads is not None and part.selection is not None:
         pieces = _cut_selected(part, part.selection, frame, owner)
     elif isinstance(reads, Span):
-        first, cut = reads.rows.start, _cut_windows(part, mine, frame, owner)
+        first, cut = reads.rows.start, _cut_pieces(part, mine, frame, owner)
         pieces = tuple(replace(p, kv=shift(p.kv, first)) for p in cut)
     elif reads is not None:
         pieces = _close_up(mine, cast("int", frame.kv_chunk))
@@ -239,20 +239,24 @@ def _build_tile(step: Step, part: Part, queries: RowSet, frame: Frame) -> TilePr
     )
 
 
-def _cut_windows(part: Part, tile: Tile, frame: Frame, owner: int) -> Iterator[Piece]:
+def _cut_pieces(part: Part, tile: Tile, frame: Frame, owner: int) -> Iterator[Piece]:
     """The pieces, those of wide windows as calls of kernels without a mask."""
     plan = frame.plan
-    sides, ranks = (plan.schedule.q_side, plan.schedule.kv_side), (plan.rank, owner)
-    is_open = None in {side.length for side in sides}
+    sides = plan.schedule.q_side, plan.schedule.kv_side
+    may_cut = (
+        plan.takes_dense_kernels
+        and plan.block_order == "natural"
+        and part.mask.choice is None
+        and None not in {side.length for side in sides}
+    )
     for piece in tile.pieces:
-        is_masked = piece.kernel is Kernel.MASKED and part.mask.choice is None
-        if is_open or not is_masked or not plan.takes_dense_kernels:
+        if not may_cut or piece.kernel is not Kernel.MASKED:
             yield piece
             continue
-        least_width = LEAST_WINDOW.get(frame.device.type, 0)
         with outside_tracing():  # tables of a mask are tensors
             calls = cut_window(
-                piece, part.mask.keeps, sides, ranks, least_width=least_width
+                *(piece, part.mask.keeps, sides, (plan.rank, owner)),
+                least_width=LEAST_WINDOW[frame.device.type == "cuda"],
             )
         yield from calls
 

@@ -4,11 +4,12 @@ Ranges of what a mask compares, over a block's queries and over its keys, decide
 all of a block's pairs count, or may: documents are runs of equal numbers, so most
 blocks are decided. All of it is a few small tensors in the user's graph, made anew each
 time. Invariant: a block that is left out holds no pair that counts, and in a full one
-all do, whatever captures hold.
+all do, whatever integers captures hold.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import sympy
 import torch
@@ -160,78 +161,83 @@ def _decide(p: Boolean, pairs: Pairs) -> _Range:
             other = _decide(arg, pairs)
             must, may = join(must, other[0]), join(may, other[1])
         return must, may
-    found = _find_range(p.lhs - p.rhs, pairs) if p.is_Relational else None
-    if found is None:
-        zero = pairs.at[3].new_zeros((1, 1, 1, 1))
-        return zero != 0, zero == 0
-    low, high = found  # NaN, if a capture is
+    assert isinstance(p, (sympy.Ge, sympy.Eq, sympy.Ne)), f"a predicate {p}"
     if isinstance(p, sympy.Ge):
+        low, high = _find_range(p.lhs - p.rhs, pairs)
         return low >= 0, ~(high < 0)
-    is_zero, may_be_zero = (low == 0) & (high == 0), ~((low > 0) | (high < 0))
+    is_zero, may_be_zero = _compare(p.lhs - p.rhs, pairs)
     if isinstance(p, sympy.Eq):
         return is_zero, may_be_zero
-    assert isinstance(p, sympy.Ne), f"a predicate {p}"
     return ~may_be_zero, ~is_zero
 
 
-# ---- sums: their ranges; None: not known ---------------------------------------------
+def _compare(e: sympy.Expr, pairs: Pairs) -> _Range:
+    """Whether a sum is 0 in all of a block, and whether it may be in some.
+
+    What queries give is compared with what keys give: their difference may not fit.
+    """
+    of_keys = [t for t in sympy.Add.make_args(e) if K in t.free_symbols]
+    keys = -sympy.Add(*of_keys)
+    q, k = (_find_exact(x, pairs) for x in (e + keys, keys))
+    if q is None or k is None:
+        low, high = _find_range(e, pairs)
+        return (low == 0) & (high == 0), ~((low > 0) | (high < 0))
+    are_one = (q[0] == q[1]) & (k[0] == k[1]) & (q[0] == k[0])
+    return are_one, ~((q[0] > k[1]) | (q[1] < k[0]))
 
 
-def _find_range(e: sympy.Expr, pairs: Pairs) -> _Range | None:
+# ---- sums: their ranges, float64; what has no bound is infinite ----------------------
+
+
+_MOST = 2.0**40
+"""Numbers beyond it have no bounds: sums of those below are exact."""
+
+
+def _find_range(e: sympy.Expr, pairs: Pairs) -> _Range:
     exact = _find_exact(e, pairs)
     if exact is not None:
-        return exact
+        return _bound(*(x.double() for x in exact))
     if isinstance(e, sympy.Add):
-        return _find_sum(e, pairs)
+        ranges = [_find_range(arg, pairs) for arg in e.args]
+        low, high = (reduce(torch.add, ends) for ends in zip(*ranges, strict=True))
+        return _bound(low, high)
     if isinstance(e, (sympy.floor, sympy.Mod)):
         return _find_quotient(e, pairs)
-    if not isinstance(e, sympy.Mul) or not e.args[0].is_Integer:
-        return None
-    factor, rest = e.as_two_terms()
-    found = _find_range(rest, pairs)
-    if found is None:
-        return None
-    low, high = (int(factor) * x for x in found)
-    return (low, high) if factor >= 0 else (high, low)
+    if isinstance(e, sympy.Mul) and e.args[0].is_Integer:
+        factor, rest = e.as_two_terms()
+        low, high = (float(factor) * x for x in _find_range(rest, pairs))
+        return _bound(low, high) if factor >= 0 else _bound(high, low)
+    far = pairs.at[3].new_full((1, 1, 1, 1), torch.inf, dtype=torch.float64)
+    return -far, far
 
 
-def _find_sum(e: sympy.Add, pairs: Pairs) -> _Range | None:
-    total: _Range | None = None
-    for arg in e.args:
-        found = _find_range(arg, pairs)
-        if found is None:
-            return None
-        total = found if total is None else (total[0] + found[0], total[1] + found[1])
-    return total
+def _bound(low: Tensor, high: Tensor) -> _Range:
+    return (
+        torch.where(low.abs() <= _MOST, low, -torch.inf),
+        torch.where(high.abs() <= _MOST, high, torch.inf),
+    )
 
 
-def _find_quotient(e: sympy.Expr, pairs: Pairs) -> _Range | None:
+def _find_quotient(e: sympy.Expr, pairs: Pairs) -> _Range:
     """Of ``floor(x / n)`` or of ``x mod n``."""
     x, n = split_floor(e) if isinstance(e, sympy.floor) else (e.args[0], int(e.args[1]))
-    found = _find_range(x, pairs)
-    if found is None:
-        return None
-    low, high = found
-    first, last = (
-        torch.div(x, n, rounding_mode="floor").to(torch.int64) for x in found
-    )
+    low, high = _find_range(x, pairs)
+    first, last = (torch.div(end, n, rounding_mode="floor") for end in (low, high))
     if isinstance(e, sympy.floor):
-        return first, last
+        return _bound(first, last)
     is_one = first == last
     return (
-        torch.where(is_one, low - n * first, 0),
-        torch.where(is_one, high - n * last, n - 1),
+        torch.where(is_one, low - n * first, 0.0),
+        torch.where(is_one, high - n * last, n - 1.0),
     )
 
 
 def _find_exact(e: sympy.Basic, pairs: Pairs) -> _Range | None:
-    """Of what reads queries or keys alone, row by row."""
+    """Of what reads queries or keys alone, row by row; None: it reads both."""
     symbols = e.free_symbols
     if {Q, K} <= symbols:
         return None
-    value = evaluate_value(e, pairs.at, pairs.captures)
-    if value.dtype == torch.bool:
-        value = value.to(torch.int64)
+    value = evaluate_value(e, pairs.at, pairs.captures).to(torch.int64)
     value = value[(None,) * (4 - value.dim())]
     for symbol, dim in ((Q, _ROWS), (K, _COLUMNS)):
         if symbol in symbols:

@@ -41,7 +41,9 @@ def choose_backend(q: Tensor, v: Tensor) -> Backend:
     # But cuDNN's backward adds dq up in any order, and aten can't ask it not to.
     is_hopper = torch.cuda.get_device_capability(q.device) >= (9, 0)
     may_vary = not torch.are_deterministic_algorithms_enabled()
-    if is_hopper and may_vary and D <= 128:  # noqa: PLR2004
+    # Nor does it take a single row.
+    is_row = any(type(x.shape[2]) is int and x.shape[2] == 1 for x in (q, v))
+    if is_hopper and may_vary and D <= 128 and not is_row:  # noqa: PLR2004
         return Backend.CUDNN
     return Backend.CUDA_FLASH if D <= 256 else Backend.MATH  # noqa: PLR2004
 

@@ -146,8 +146,8 @@ class CopyEngine:
     def _first_place(self, tag: Tag) -> int:
         """Where a hop starts: those to one peer that are under way together, apart.
 
-        Where each part has one step for each rank, they are forward KV, backward KV,
-        dKV, and those two again for the next part.
+        Of a part with a step for each rank they are forward KV, backward KV, dKV, and
+        those two again for the next part. Others may meet in a place, and wait.
         """
         return tag.phase + 2 * (tag.step // self._size)
 

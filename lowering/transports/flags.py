@@ -79,6 +79,15 @@ def _enqueue(operations: list[object]) -> None:
         raise RuntimeError(f"cuStreamBatchMemOp failed: {code!r}")
 
 
+def can_set_flags() -> bool:
+    """Whether there is the driver's interface, which torch's CUDA builds bring."""
+    try:
+        _driver()
+    except ImportError:
+        return False
+    return True
+
+
 @lru_cache(maxsize=1)
 def _driver() -> Any:  # noqa: ANN401 - without type stubs
-    return import_module("cuda.bindings.driver")  # torch's CUDA builds bring it
+    return import_module("cuda.bindings.driver")

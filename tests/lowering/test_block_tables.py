@@ -152,10 +152,17 @@ def test_documents_leave_out_all_that_they_can() -> None:
     assert (partial | full).float().mean() < 0.3
 
 
-def test_what_is_no_number_leaves_nothing_out() -> None:
-    at, ids = torch.arange(24), torch.zeros(1, 24, dtype=torch.int64)
-    pairs = make_pairs(at, at, ids)
-    level = torch.full((24,), torch.nan)
-    level[3] = 1.0
-    keeps = at_least_zero(capture(0, K) + Q - K)
-    check(keeps, Pairs(pairs.at, [level], BLOCK))
+EXTREMES = [-(2**63), 2**63 - 1, -(2**40) - 1, 2**40 + 1, 2**31 - 1, -(2**31), -1, 0]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.sampled_from(EXTREMES), min_size=9, max_size=40),
+    st.sampled_from([torch.int64, torch.int32]),
+    st.sampled_from(["documents", "documents, both ways", "other documents"]),
+)
+def test_for_numbers_whose_difference_does_not_fit(
+    ids: list[int], dtype: torch.dtype, name: str
+) -> None:
+    at = torch.arange(len(ids))
+    check(MASKS[name], make_pairs(at, at, torch.tensor([ids]).to(dtype)))

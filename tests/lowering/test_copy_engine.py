@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringcompile.errors import OptionError
+from ringcompile.lowering.transports import flags
 from ringcompile.lowering.transports.choose import prepare_transport
 from ringcompile.lowering.transports.copy_engine import (
     _ALIGNMENT,
@@ -74,3 +75,17 @@ transport='copy_engine'
   because: not every rank's GPU can read every other's memory
   instead: transport='auto', or 'p2p'""",
     )
+
+
+def test_without_the_drivers_interface_ranks_send(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    flags._driver.cache_clear()
+    monkeypatch.setattr(flags, "import_module", fail)
+    assert not flags.can_set_flags()
+    monkeypatch.setattr(flags, "import_module", lambda name: name)
+    assert flags.can_set_flags()
+    flags._driver.cache_clear()

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import sympy
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ringcompile import ops
+from ringcompile.ir.attention import Dropout, RankPlan
 from ringcompile.ir.evaluate import evaluate
 from ringcompile.ir.layout import LAYOUTS, Layout, Side
 from ringcompile.ir.mask import (
@@ -30,10 +32,13 @@ from ringcompile.ir.mask import (
     window,
 )
 from ringcompile.ir.schedule import Kernel, Piece
+from ringcompile.ir.text import format_plan
 from ringcompile.lowering.calls import Call, rows
 from ringcompile.lowering.cut_bands import Band, cut_band, cut_window
+from ringcompile.lowering.program import build_program
 from ringcompile.lowering.tiles.dense import attend, attend_backward
 from ringcompile.lowering.tiles.pieces import View
+from ringcompile.plan.stages import build_schedule
 from ringcompile.plan.tiles import build_tile
 
 
@@ -269,3 +274,27 @@ def test_rings_take_no_kernel_with_a_mask(ranks: RankPool, cp_size: int) -> None
         for n, want in enumerate(case.expected()):
             got = join(case, [s[n] for s in shards]).double()
             assert (got - want).abs().max() <= 3e-6 * want.abs().max(), (case, n)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_cut"),
+    [
+        ({}, True),
+        ({"block_order": "hilbert"}, False),
+        ({"kernel": "math"}, False),
+        ({"kernel": "flex"}, False),
+        ({"softcap": 2.0}, False),
+        ({"dropout": Dropout(0.1, 0)}, False),
+    ],
+)
+def test_only_kernels_without_a_mask_are_given_triangles(
+    options: dict[str, Any], is_cut: bool
+) -> None:
+    parts = ((Mask(conjunction(causal(), window(left=15))), None),)
+    schedule = build_schedule(parts, Layout("contiguous", 1), 64)
+    plan = RankPlan(0, "test", 0, "", 1.0, 60.0, schedule, "", **options)
+    x = torch.zeros(1, 2, 64, 8)
+    (part,) = build_program(format_plan(plan), x, x, ())
+    ((tile,),) = part.stages
+    assert len(tile.pieces) == (2 if is_cut else 1)
+    assert all(isinstance(piece, Call) is is_cut for piece in tile.pieces)

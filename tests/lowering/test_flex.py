@@ -22,6 +22,31 @@ from ringcompile.patterns import AttentionSpec, Custom, LocalWindow, PerHead
 NAMES = ("out", "dq", "dk", "dv")
 
 
+def obey_lists(call: Callable[..., Any]) -> Callable[..., Any]:
+    """As kernels do, and the eager form does not: what is not listed does not count."""
+
+    def wrapped(*args: Any, scale: float) -> Any:  # noqa: ANN401
+        *tensors, lists, mask_mod, buffers = args
+        some, some_at, full, full_at = list(lists)[:4]
+        columns = torch.arange(some_at.shape[-1])
+        on = torch.zeros(some_at.shape, dtype=torch.bool)
+        for counts, indices in ((some, some_at), (full, full_at)):
+            flags = columns < counts[..., None]
+            on |= torch.zeros_like(on).scatter(-1, indices.long(), flags)
+        on = on.expand(tensors[0].shape[0], tensors[0].shape[1], -1, -1).contiguous()
+
+        def listed(
+            b: Tensor, h: Tensor, q: Tensor, k: Tensor, *given: Tensor
+        ) -> Tensor:
+            *rest, blocks = given
+            kept: Tensor = mask_mod(b, h, q, k, *rest)
+            return kept & blocks[b, h, q // flex.BLOCK, k // flex.BLOCK]
+
+        return call(*tensors, lists, listed, (*buffers, on), scale=scale)
+
+    return wrapped
+
+
 def run_flex(
     group: ProcessGroup, rank: int, cases: tuple[Case, ...]
 ) -> list[tuple[Tensor | None, ...]]:
@@ -31,6 +56,8 @@ def run_flex(
         raise AssertionError("another kernel")
 
     with pytest.MonkeyPatch.context() as patch:
+        for name in ("flex_forward", "flex_backward"):
+            patch.setattr(flex, name, obey_lists(getattr(flex, name)))
         for name in ("attend", "attend_backward"):
             patch.setattr(pieces, name, refuse)
         for name in ("MASKED_ATTENTION", "MASKED_ATTENTION_BACKWARD"):

@@ -1,6 +1,7 @@
 """Tile kernels and merges against the dense float64 definition."""
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -260,3 +261,18 @@ def test_merge_of_rows_without_keys() -> None:
     got_out, got_lse = merge((out, lse), other)
     assert got_out.flatten().tolist() == [0.0, 2.0, 3.0]
     assert got_lse.flatten().tolist() == [-torch.inf, 500.0, 500.0]
+
+
+@pytest.mark.parametrize(("rows", "backend"), [(2, "CUDNN"), (1, "CUDA_FLASH")])
+def test_a_single_row_is_not_for_cudnn(
+    monkeypatch: pytest.MonkeyPatch, rows: int, backend: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    many, few = (
+        SimpleNamespace(
+            shape=(1, 2, n, 64), device=torch.device("cuda"), dtype=torch.bfloat16
+        )
+        for n in (8, rows)
+    )
+    for pair in ((many, few), (few, many)):
+        assert choose_backend(*cast("Any", pair)) is Backend[backend]
