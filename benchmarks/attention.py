@@ -116,7 +116,7 @@ def main() -> None:
     )
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     args = parser.parse_args()
-    mesh = make_mesh(args.device)
+    mesh = make_mesh(args.device, args.last_of)
     rows = read_rows(args.json)
     for text in args.heads:
         heads, kv_heads = map(int, text.split(":"))

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 D = 128
 
@@ -88,11 +89,23 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--last-of",
+        type=int,
+        metavar="P",
+        help="be the last of P ranks that has no peers: nothing travels, so that its"
+        " kernels alone are timed",
+    )
     return parser
 
 
-def make_mesh(device: str) -> DeviceMesh:
-    """All ranks of ``torchrun``."""
+def make_mesh(device: str, last_of: int | None = None) -> DeviceMesh:
+    """All ranks of ``torchrun``; or of a group in which only the last rank runs."""
+    if last_of is not None:
+        dist.init_process_group(
+            "fake", store=FakeStore(), rank=last_of - 1, world_size=last_of
+        )
+        return init_device_mesh(device, (last_of,))
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return init_device_mesh(device, (int(os.environ["WORLD_SIZE"]),))
@@ -105,7 +118,7 @@ def read_rows(path: Path | None) -> dict[str, Row]:
 
 def save_rows(path: Path | None, rows: dict[str, Row]) -> None:
     """Let the first rank write them."""
-    if path and dist.get_rank() == 0:
+    if path and _speaks():
         path.write_text(json.dumps(rows, indent=1))
 
 
@@ -167,9 +180,14 @@ def _now(mesh: DeviceMesh) -> float:
     return perf_counter()
 
 
+def _speaks() -> bool:
+    """Whether this rank tells of all."""
+    return dist.get_rank() == 0 or dist.get_backend() == "fake"
+
+
 def print_row(key: str, row: Row) -> None:
     """A line, by the first rank."""
-    if dist.get_rank():
+    if not _speaks():
         return
     if "error" in row:
         print(f"{key:64} {row['error']}", flush=True)

@@ -232,7 +232,89 @@ class Table:
         return full.narrow(2, 0, self.shard_size)
 
 
-RowSet = Span | Table
+@dataclass(frozen=True, slots=True)
+class Residues:
+    """One row in so many, for each head from a first row of its own, none absent.
+
+    Read and placed by arithmetic, which fuses with what is done to the rows; a scatter
+    would be a pass of its own over zeros.
+
+    Attributes:
+        firsts: each head's first row in the shard, ``(heads,)`` int64.
+        base: the least of them; all are less than ``rate`` rows behind it.
+        rate: rows from one to the next.
+        count: rows per head.
+        heads: how many heads.
+        shard: all rows of the shard.
+        shard_size: how many they are.
+    """
+
+    firsts: Tensor
+    base: int
+    rate: int
+    count: int
+    heads: int
+    shard: Rows
+    shard_size: int
+
+    @property
+    def wire_count(self) -> int:
+        """How many travel, of all heads."""
+        return self.heads * self.count
+
+    @property
+    def own_rows(self) -> Rows:
+        """All of these rows, counted from the first."""
+        return Rows((0, 0), (0, self.count))
+
+    @property
+    def shard_rows(self) -> Rows:
+        """Where in the shard ``place`` puts values."""
+        return self.shard
+
+    @property
+    def index(self) -> Tensor:
+        """Row numbers in the shard, ``(heads, count)``."""
+        numbers = torch.arange(self.count, device=self.firsts.device)
+        return self.firsts[:, None] + self.rate * numbers
+
+    def take(self, x: Tensor) -> Tensor:
+        """These rows of a shard."""
+        return x.gather(2, _broadcast_index(self.index, x))
+
+    def positions(self, of_shard: Tensor) -> Tensor:
+        """Their global positions, ``(heads, count)``."""
+        return of_shard[self.index]
+
+    def place(self, values: Values) -> tuple[Rows, Values]:
+        """``values`` among zeros (lse: among -inf) over the whole shard."""
+        behind = torch.arange(self.shard_size, device=self.firsts.device) - self.base
+        number = behind.div(self.rate, rounding_mode="floor")
+        is_taken = behind - self.rate * number == (self.firsts - self.base)[:, None]
+        is_taken &= (number >= 0) & (number < self.count)
+        number = number.clamp(0, self.count - 1)
+
+        def spread(x: Tensor) -> Tensor:
+            here = is_taken if x.dim() == _LSE_DIM else is_taken[..., None]
+            fill = -torch.inf if x.dim() == _LSE_DIM else 0.0
+            return torch.where(here, x[:, :, number], fill)
+
+        return self.shard, tuple(map(spread, values))
+
+    def pack(self, x: Tensor) -> Tensor:
+        """These rows, ``(B, heads, n, D)``, as they travel: ``(B, heads * n, D)``."""
+        return x.flatten(1, 2)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """``pack`` undone."""
+        return x.view(x.shape[0], self.heads, -1, x.shape[2])
+
+    def pack_none(self, x: Tensor) -> Tensor:
+        """No rows of ``x``, as they travel."""
+        return x[:, 0, :0]
+
+
+RowSet = Span | Table | Residues
 
 
 def _broadcast_index(index: Tensor, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ that none is baked into the graph; both ends of a hop make the same one.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
+from itertools import count, pairwise
 
 import torch
 from torch import Tensor
@@ -15,13 +15,14 @@ from torch import Tensor
 from ringcompile import ops
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.schedule import Rows, Selection
-from ringcompile.lowering.rows import PLACES, PRESENT, Table, Wire
+from ringcompile.lowering.rows import PLACES, PRESENT, Residues, Table, Wire
 from ringcompile.plan.selection import selected_rows
 from ringcompile.torch_private import outside_tracing
 
 _NOBODY = -1
 _RUNS = "runs="
 _ORDER = "order="
+_FIRSTS = "firsts of "
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,20 @@ class TableSpec:
         if rows or not head or head[-1] - head[0] != len(head) - 1:
             return None
         return head[0], head[-1] + 1
+
+    def find_firsts(self) -> tuple[int, ...] | None:
+        """Each head's first row, if those and as many others are ``rate`` apart."""
+        heads, rate = _rows(str(self)), self.selection.rate
+        count = len(heads[0])
+        firsts = tuple(head[0] for head in heads if head)
+        if len(firsts) < len(heads) or max(firsts) - min(firsts) >= rate:
+            return None
+        are_apart = all(
+            len(head) == count
+            and all(b - a == rate for a, b in pairwise(head))
+            for head in heads
+        )
+        return firsts if are_apart else None
 
     def positions(self) -> tuple[tuple[int, ...], ...]:
         """Their global positions, -1 where a head has fewer rows than another."""
@@ -141,15 +156,30 @@ class OrderSpec:
         )
 
 
-def find_selected(spec: TableSpec, device: torch.device) -> Table:
-    """The selected rows as a table; heads that select fewer have absent rows."""
+def find_selected(spec: TableSpec, device: torch.device) -> Table | Residues:
+    """The selected rows: by arithmetic if that gives them, else as a table.
+
+    Heads that select fewer than others have absent rows.
+    """
     text = str(spec)
-    rows = _rows(text)
+    rows, shard = _rows(text), Rows((0, 0), (spec.layout.chunks_per_rank, 0))
+    shard_size = spec.layout.shard_size(spec.length)
+    firsts = spec.find_firsts()
+    if firsts is not None:
+        return Residues(
+            firsts=ops.ROW_TABLE(_FIRSTS + text, device=device)[0],
+            base=min(firsts),
+            rate=spec.selection.rate,
+            count=len(rows[0]),
+            heads=len(rows),
+            shard=shard,
+            shard_size=shard_size,
+        )
     return Table(
         index=ops.ROW_TABLE(text, device=device),
         count=len(_padded_rows(text)[0]),
-        shard=Rows((0, 0), (spec.layout.chunks_per_rank, 0)),
-        shard_size=spec.layout.shard_size(spec.length),
+        shard=shard,
+        shard_size=shard_size,
         wire=Wire(text, sum(map(len, rows)), device),
     )
 
@@ -191,6 +221,8 @@ def _padded_rows(text: str) -> _Rows:
         return (_find_present(text.removeprefix(PRESENT)),)
     if text.startswith(PLACES):
         return _find_places(text.removeprefix(PLACES))
+    if text.startswith(_FIRSTS):
+        return (tuple(head[0] for head in _rows(text.removeprefix(_FIRSTS))),)
     rows = _rows(text)
     longest = max(1, *map(len, rows))
     return tuple((*head, *(-1 for _ in range(longest - len(head)))) for head in rows)

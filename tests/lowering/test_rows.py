@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.schedule import Rows, Selection
-from ringcompile.lowering.rows import Segments, Span, Values
+from ringcompile.lowering.rows import Residues, Segments, Span, Values
 from ringcompile.lowering.selected import TableSpec, find_selected
 
 CPU = torch.device("cpu")
@@ -96,6 +96,43 @@ def test_kv_rows_are_those_of_the_readers_segments() -> None:
     table = find_selected(TableSpec(selection, layout, 16, 1, reader=0), CPU)
     # Rank 0 reads 0 .. 7, of the segment 0 .. 11; rank 1 holds 8 .. 11 of it.
     assert table.index.tolist() == [[0, 2]]
+
+
+RESIDUES = {
+    "a residue for each head": (Selection(8, 4, (0, 1, 2, 3), 4), 16, None),
+    "a KV head's residue": (Selection(8, 4, (3, 3, 1, 1), 2), 16, 1),
+    "every row": (Selection(4, 1, (0, 0), 1), 16, 1),
+    "not from the first row on": (Selection(4, 2, (1, 0), 2, start=9, stop=15), 16, None),
+    "not to the last row": (Selection(4, 2, (1, 1), 1, stop=12), 16, 1),
+}
+
+
+@pytest.mark.parametrize("name", RESIDUES)
+def test_rows_that_are_one_in_so_many_are_found_by_arithmetic(name: str) -> None:
+    selection, length, reader = RESIDUES[name]
+    spec = TableSpec(selection, Layout("contiguous", 2), length, 1, reader)
+    rows, found = spec.rows(), find_selected(spec, CPU)
+    assert isinstance(found, Residues)
+    assert found.index.tolist() == [list(head) for head in rows]
+    heads, count, size = len(rows), len(rows[0]), length // 2
+    assert found.wire_count == heads * count
+    x = torch.arange(2.0 * heads * size * 3).view(2, heads, size, 3) + 1
+    taken = found.take(x)
+    wanted = [x[:, h, list(head)] for h, head in enumerate(rows)]
+    assert torch.equal(taken, torch.stack(wanted, 1))
+    assert torch.equal(found.unpack(found.pack(taken)), taken)
+    assert found.pack(taken).shape == (2, heads * count, 3)
+    assert found.pack_none(x).shape == (2, 0, 3)
+    at = torch.arange(8, 16)
+    assert found.positions(at).tolist() == [[8 + n for n in head] for head in rows]
+    where, (placed, lse) = found.place((taken, taken[..., 0]))
+    assert where == Rows((0, 0), (1, 0))
+    for h, head in enumerate(rows):
+        others = [n for n in range(size) if n not in head]
+        assert torch.equal(placed[:, h, list(head)], x[:, h, list(head)])
+        assert torch.equal(lse[:, h, list(head)], x[:, h, list(head), 0])
+        assert not placed[:, h, others].any()
+        assert (lse[:, h, others] == -torch.inf).all()
 
 
 def test_tables_are_not_constants_of_a_graph() -> None:
