@@ -16,6 +16,7 @@ from ringcompile import ops
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.schedule import Rows, Selection
 from ringcompile.lowering.rows import PLACES, PRESENT, Residues, Table, Wire
+from ringcompile.lowering.uploads import prepare_upload, upload
 from ringcompile.plan.selection import selected_rows
 from ringcompile.torch_private import outside_tracing
 
@@ -71,8 +72,7 @@ class TableSpec:
         if len(firsts) < len(heads) or max(firsts) - min(firsts) >= rate:
             return None
         are_apart = all(
-            len(head) == count
-            and all(b - a == rate for a, b in pairwise(head))
+            len(head) == count and all(b - a == rate for a, b in pairwise(head))
             for head in heads
         )
         return firsts if are_apart else None
@@ -245,11 +245,11 @@ def _find_places(text: str) -> _Rows:
 
 @lru_cache(maxsize=256)
 def _make_table(text: str) -> Tensor:
-    return torch.tensor(_padded_rows(text), dtype=torch.int64)
+    return prepare_upload(torch.tensor(_padded_rows(text), dtype=torch.int64))
 
 
 def _row_table(text: str, *, device: torch.device) -> Tensor:
-    return _make_table(text).to(device, copy=True)
+    return upload(_make_table(text), device)
 
 
 def _row_table_shape(text: str, *, device: torch.device) -> Tensor:

@@ -42,6 +42,7 @@ LIBRARY = torch.library.Library("ringcompile", "DEF")
 #                   ones, for each block of queries, as `flex_attention` has them; then
 #                   those of blocks of queries for each block of keys.
 #   list_blocks     the same, of blocks whose pairs all count, and whose may.
+#   block_table     what a table of blocks holds, as `ir.evaluate.table_values` has it.
 #   sum_up_blocks   means of blocks of q and k, equal on all ranks; see lowering.
 #   choose_blocks   the key blocks that each query block keeps, (B, H, num_blocks,
 #                   count) int64, -1 for none.
@@ -86,6 +87,7 @@ join(Tensor[] xs, int dim) -> Tensor;
 
 row_table(str spec, *, Device device) -> Tensor;
 block_lists(str spec, *, Device device) -> Tensor[];
+block_table(str name, *, Device device) -> Tensor;
 list_blocks(Tensor must, Tensor may) -> Tensor[];
 sum_up_blocks(Tensor q, Tensor k, Tensor[] captures, *, str plan) -> (Tensor q_means,
     Tensor k_means, Tensor has_key);
@@ -125,6 +127,7 @@ KEEP = _OPS.keep.default
 JOIN = _OPS.join.default
 ROW_TABLE = _OPS.row_table.default
 BLOCK_LISTS = _OPS.block_lists.default
+BLOCK_TABLE = _OPS.block_table.default
 LIST_BLOCKS = _OPS.list_blocks.default
 SUM_UP_BLOCKS = _OPS.sum_up_blocks.default
 CHOOSE_BLOCKS = _OPS.choose_blocks.default

@@ -1,13 +1,13 @@
-"""Which blocks of pairs count, where that is known at run time only.
+"""Which blocks of pairs count, where tensors say it: captures, or tables of blocks.
 
 Ranges of what a mask compares, over a block's queries and over its keys, decide whether
 all of a block's pairs count, or may: documents are runs of equal numbers, so most
-blocks are decided. All of it is a few small tensors in the user's graph, made anew each
-time. Invariant: a block that is left out holds no pair that counts, and in a full one
-all do, whatever integers captures hold.
+blocks are decided. What captures decide is a few small tensors in the user's graph,
+made anew each time. Invariant: a block that is left out holds no pair that counts, and
+in a full one all do, whatever integers captures hold.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -18,9 +18,21 @@ from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
 from ringcompile import ops
-from ringcompile.ir.evaluate import evaluate_value
-from ringcompile.ir.mask import B, H, K, Q, capture, is_capture
+from ringcompile.ir.evaluate import evaluate_value, read_capture
+from ringcompile.ir.mask import (
+    B,
+    H,
+    K,
+    Q,
+    capture,
+    disjunction,
+    equals_zero,
+    is_capture,
+    is_table,
+    negate,
+)
 from ringcompile.ir.sums import split_floor
+from ringcompile.ir.tables import RandomBlocks, parse_table
 from ringcompile.torch_private import BlockLists
 
 _ROWS, _COLUMNS = 2, 3  # dims of queries and keys
@@ -47,9 +59,53 @@ _Range = tuple[Tensor, Tensor]
 
 def find_lists(keeps: Boolean, pairs: Pairs) -> BlockLists:
     """The blocks of a mask, as ``flex_attention`` takes them."""
+    return BlockLists(*ops.LIST_BLOCKS(*find_blocks(keeps, pairs)))
+
+
+def find_blocks(keeps: Boolean, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """Whether all pairs of a block count, and whether any may, by block."""
     must, may = _decide(keeps, pairs)
     size = torch.broadcast_shapes(must.shape, _sizes(pairs))
-    return BlockLists(*ops.LIST_BLOCKS(must.expand(size), may.expand(size)))
+    return must.expand(size), may.expand(size)
+
+
+# ---- tables --------------------------------------------------------------------------
+
+
+def find_tables(keeps: Boolean) -> list[str]:
+    """The names of the tables that a predicate reads."""
+    return sorted({e.func.__name__ for e in keeps.atoms(AppliedUndef) if is_table(e)})
+
+
+def spell_tables(keeps: Boolean, number: int) -> Boolean:
+    """The same predicate, its tables read as captures from ``number`` on.
+
+    Args:
+        keeps: a predicate; it asks of tables only whether blocks are on.
+        number: of the first of ``find_tables``; the others follow.
+    """
+    numbers = {name: n for n, name in enumerate(find_tables(keeps), number)}
+    spelled = dict[sympy.Basic, sympy.Basic]()
+    for p in keeps.atoms(sympy.Eq, sympy.Ne):
+        e = p.lhs - p.rhs
+        if is_table(e):
+            is_on = _spell_table(e, numbers[e.func.__name__])
+            spelled[p] = is_on if isinstance(p, sympy.Ne) else negate(is_on)
+    found: Boolean = keeps.xreplace(spelled)
+    assert not find_tables(found), f"a table is read otherwise in {keeps}"
+    return found
+
+
+def _spell_table(e: sympy.Basic, number: int) -> Boolean:
+    """Whether the block that a table is read at is on."""
+    table, (h, i, j) = parse_table(e.func.__name__), e.args
+    if isinstance(table, RandomBlocks):  # their values are those picked for each row
+        picked: Iterable[sympy.Expr] = (
+            capture(number, h, i, sympy.Integer(n)) for n in range(table.count)
+        )
+        return disjunction(*(equals_zero(one - j) for one in picked))
+    head = h if table.shape[0] > 1 else sympy.Integer(0)
+    return negate(equals_zero(capture(number, head, i, j)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +186,12 @@ def _list(are_on: Tensor) -> tuple[Tensor, Tensor]:
     return counts, order.to(torch.int32).contiguous()
 
 
-def _list_blocks(must: Tensor, may: Tensor) -> list[Tensor]:
-    """Kernels of torch: of two equal sizes that are symbols Inductor makes no code."""
+def list_blocks(must: Tensor, may: Tensor) -> list[Tensor]:
+    """Of blocks in which some pairs count, then of full ones: by row, then by column.
+
+    ``ops.LIST_BLOCKS``: kernels of torch, as of two equal sizes that are symbols
+    Inductor makes no code.
+    """
     some = may & ~must
     return [x for t in (some, must, some.mT, must.mT) for x in _list(t)]
 
@@ -143,7 +203,7 @@ def _list_shapes(must: Tensor, _may: Tensor) -> list[Tensor]:
     return [must.new_empty(shape, dtype=torch.int32) for shape in shapes]
 
 
-ops.LIBRARY.impl("list_blocks", _list_blocks, "CompositeExplicitAutograd")
+ops.LIBRARY.impl("list_blocks", list_blocks, "CompositeExplicitAutograd")
 torch.library.register_fake("ringcompile::list_blocks", _list_shapes, lib=ops.LIBRARY)
 
 
@@ -208,7 +268,14 @@ def _find_range(e: sympy.Expr, pairs: Pairs) -> _Range:
         low, high = (float(factor) * x for x in _find_range(rest, pairs))
         return _bound(low, high) if factor >= 0 else _bound(high, low)
     far = pairs.at[3].new_full((1, 1, 1, 1), torch.inf, dtype=torch.float64)
-    return -far, far
+    found = [_find_exact(arg, pairs) for arg in e.args] if is_capture(e) else [None]
+    ranges = [x for x in found if x is not None]
+    if len(ranges) < len(found):
+        return -far, far
+    # Read at what all of a block's pairs read; where that is not one place, anything.
+    is_one = reduce(torch.logical_and, (low == high for low, high in ranges))
+    value = read_capture(e, [low for low, _ in ranges], pairs.captures).double()
+    return _bound(*(torch.where(is_one, value, end) for end in (-far, far)))
 
 
 def _bound(low: Tensor, high: Tensor) -> _Range:

@@ -94,6 +94,13 @@ def _evaluate(
     return reduce(_OPERATORS[e.func], args)
 
 
+def read_capture(
+    e: sympy.Basic, at: Sequence[Tensor], captures: Sequence[Tensor]
+) -> Tensor:
+    """What the capture of an expression holds at indices that broadcast."""
+    return _read(e.func.__name__, at, _Reads(captures, is_within=False))
+
+
 def _read(name: str, at: Sequence[_Value], reads: _Reads) -> Tensor:
     if TABLE_MARK in name:
         return _read_table(name, at)
@@ -127,7 +134,7 @@ _CPU = torch.device("cpu")
 
 def find_extremes(name: str, rows: range, columns: range) -> tuple[bool, bool]:
     """Whether all and whether any blocks of a box are on, over all heads."""
-    values = _table_values(name, _CPU)[:, rows.start : rows.stop]
+    values = table_values(name, _CPU)[:, rows.start : rows.stop]
     if isinstance(parse_table(name), RandomBlocks):
         within = (values >= columns.start) & (values < columns.stop)
         counts = within.sum(-1)
@@ -140,7 +147,7 @@ def _read_table(name: str, at: Sequence[_Value]) -> Tensor:
     """1 where blocks are on; numbers past an end read the end, as captures do."""
     device = next(x.device for x in at if isinstance(x, Tensor))
     h, i, j = (torch.as_tensor(x, device=device) for x in at)
-    values = _table_values(name, device)
+    values = table_values(name, device)
     h, i = h.clamp(max=values.shape[0] - 1), i.clamp(max=values.shape[1] - 1)
     if isinstance(parse_table(name), RandomBlocks):
         return (values[h, i] == j[..., None]).any(-1).long()
@@ -148,10 +155,10 @@ def _read_table(name: str, at: Sequence[_Value]) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _table_values(name: str, device: torch.device) -> Tensor:
+def table_values(name: str, device: torch.device = _CPU) -> Tensor:
     """Flags ``(heads or 1, nb, nb)``; of random blocks, those picked ``(H, nb, n)``."""
     if device != _CPU:
-        return _table_values(name, _CPU).to(device)
+        return table_values(name, _CPU).to(device)
     recipe = parse_table(name)
     if isinstance(recipe, RandomBlocks):
         return _pick_blocks(recipe)

@@ -74,6 +74,8 @@ GPU_CASES = {
     "longnet kv_head": CASES["longnet kv_head"],
     "longnet paper": CASES["longnet paper"],
     "by head": CASES["by head"],
+    "bigbird random": CASES["bigbird random"],
+    "custom table": CASES["custom table"],
 }
 
 

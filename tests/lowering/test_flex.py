@@ -1,6 +1,7 @@
 """Tiles by flex_attention's kernels: on CPU its eager form, and the lists of blocks."""
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -17,9 +18,18 @@ from ringcompile.ir.evaluate import evaluate
 from ringcompile.ir.layout import LAYOUTS, Layout
 from ringcompile.ir.mask import B, Mask, at_least_zero, causal, key_padding, window
 from ringcompile.lowering.tiles import flex, pieces
-from ringcompile.patterns import AttentionSpec, Custom, LocalWindow, PerHead
+from ringcompile.lowering.tiles.block_lists import BLOCK, ListSpec, SomeRows
+from ringcompile.patterns import AttentionSpec, BigBird, Custom, LocalWindow, PerHead
 
 NAMES = ("out", "dq", "dk", "dv")
+
+
+def read_list(counts: Tensor, indices: Tensor, num_columns: int) -> Tensor:
+    """Which columns are listed for each row, ``(B, H, rows, columns)``."""
+    flags = torch.arange(indices.shape[-1]) < counts[..., None]
+    on = torch.zeros(*counts.shape, num_columns + 1, dtype=torch.bool)
+    at = indices.long().where(flags, num_columns)  # what is behind the list
+    return on.scatter(-1, at, flags)[..., :num_columns]
 
 
 def obey_lists(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,11 +38,10 @@ def obey_lists(call: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, scale: float) -> Any:  # noqa: ANN401
         *tensors, lists, mask_mod, buffers = args
         some, some_at, full, full_at = list(lists)[:4]
-        columns = torch.arange(some_at.shape[-1])
-        on = torch.zeros(some_at.shape, dtype=torch.bool)
-        for counts, indices in ((some, some_at), (full, full_at)):
-            flags = columns < counts[..., None]
-            on |= torch.zeros_like(on).scatter(-1, indices.long(), flags)
+        num_columns = -(-tensors[1].shape[2] // BLOCK)
+        on = read_list(some, some_at, num_columns) | read_list(
+            full, full_at, num_columns
+        )
         on = on.expand(tensors[0].shape[0], tensors[0].shape[1], -1, -1).contiguous()
 
         def listed(
@@ -40,7 +49,7 @@ def obey_lists(call: Callable[..., Any]) -> Callable[..., Any]:
         ) -> Tensor:
             *rest, blocks = given
             kept: Tensor = mask_mod(b, h, q, k, *rest)
-            return kept & blocks[b, h, q // flex.BLOCK, k // flex.BLOCK]
+            return kept & blocks[b, h, q // BLOCK, k // BLOCK]
 
         return call(*tensors, lists, listed, (*buffers, on), scale=scale)
 
@@ -85,7 +94,15 @@ def test_every_tile_is_flex(ranks: RankPool, cp_size: int) -> None:
             assert (got - want).abs().max() <= 3e-6 * want.abs().max(), (case, NAMES[n])
 
 
-MASKS: dict[str, Boolean] = {
+SPEC = AttentionSpec(4, 4, 640)
+TABLES: dict[str, Boolean] = {
+    "random blocks": Mask(causal()).__and__(BigBird(1, 1, 1, 128).keeps(SPEC)).keeps,
+    "given blocks": Custom(torch.arange(25).view(5, 5) * 7 % 5 < 3, 128).keeps(SPEC),
+    "given by head": Custom(torch.arange(100).view(4, 5, 5) * 3 % 7 < 4, 128).keeps(
+        SPEC
+    ),
+}
+MASKS: dict[str, Boolean] = TABLES | {
     "all": Mask().keeps,
     "causal": causal(),
     "window": Mask(causal()).__and__(window(140)).keeps,
@@ -96,28 +113,37 @@ MASKS: dict[str, Boolean] = {
 }
 
 
-def read_lists(text: str) -> tuple[Tensor, Tensor]:
-    """Which blocks are under the mask, and which are full, ``(rows, columns)``."""
-    found = []
-    lists = flex._make_lists(text)
-    for counts, indices in zip(lists[::2], lists[1::2], strict=True):
-        on = torch.zeros(indices.shape[2:], dtype=torch.bool)
-        for row, count in enumerate(counts[0, 0].tolist()):
-            on[row, indices[0, 0, row, :count].long()] = True
-        assert (indices.sort().values == torch.arange(indices.shape[3])).all()
-        found.append(on)
-    partial, full, partial_of_keys, full_of_keys = found
-    assert torch.equal(partial_of_keys, partial.mT)
+def read_lists(spec: ListSpec) -> tuple[Tensor, Tensor]:
+    """Which blocks are under the mask, and which are full, ``(H, rows, columns)``."""
+    lists = ops.BLOCK_LISTS(str(spec), device=torch.device("cpu"))
+    rows, columns = lists[0].shape[-1], lists[4].shape[-1]
+    some, full, some_of_keys, full_of_keys = (
+        read_list(counts, indices, size)[0]
+        for counts, indices, size in zip(
+            lists[::2], lists[1::2], (columns, columns, rows, rows), strict=True
+        )
+    )
+    assert torch.equal(some_of_keys, some.mT)
     assert torch.equal(full_of_keys, full.mT)
-    return partial, full
+    return some, full
+
+
+def list_shards(
+    keeps: Boolean, num_heads: int, layout: Layout, length: int, ranks: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """The lists of two shards, and that their text is read back."""
+    size = layout.shard_size(length)
+    q, k = (SomeRows(layout, length, rank, ((0, size),)) for rank in ranks)
+    spec = ListSpec(Mask(keeps), num_heads, q, k)
+    assert ListSpec.parse(str(spec)) == spec
+    return read_lists(spec)
 
 
 def test_what_hangs_on_the_batch_is_under_the_mask() -> None:
     """Lists are of all batches: a block that is full in one may be empty in another."""
-    positions = tuple(range(256))
+    layout = Layout("contiguous", 1)
     for first_only in (at_least_zero(-B), at_least_zero(B - 1)):
-        text = flex._list_blocks(first_only, 1, positions, positions)
-        partial, full = read_lists(text)
+        partial, full = list_shards(first_only, 1, layout, 256, (0, 0))
         assert partial.all()
         assert not full.any()
 
@@ -127,33 +153,47 @@ def test_what_hangs_on_the_batch_is_under_the_mask() -> None:
 def test_lists_hold_each_block_that_may_count(name: str, layout: str) -> None:
     keeps, length, num_heads = MASKS[name], 600, 4
     place = Layout(layout, 2)
+    is_exact = name not in {"padding", *TABLES}
     for ranks in ((0, 0), (1, 0)):
-        q, k = (
-            tuple(p for p in place.positions(r, length) if p < length) for r in ranks
-        )
-        partial, full = read_lists(flex._list_blocks(keeps, num_heads, q, k))
-        assert not (partial & full).any()
-        heads = torch.arange(num_heads).view(-1, 1, 1)
-        at = (torch.zeros_like(heads), heads, torch.tensor(q)[:, None], torch.tensor(k))
-        captures = [torch.arange(length)[None] % 7 > 0]
-        kept = evaluate(keeps, at, captures).expand(num_heads, len(q), len(k))
-        for i in range(full.shape[0]):
-            for j in range(full.shape[1]):
-                block = kept[:, i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128]
-                if full[i, j]:
-                    assert block.all(), (ranks, i, j)
-                if not (full[i, j] or partial[i, j]):
-                    assert not block.any(), (ranks, i, j)
-                elif name != "padding":
-                    assert block.any(), (ranks, i, j)
-                if name != "padding" and block.all():
-                    assert full[i, j], (ranks, i, j)
+        some, full = list_shards(keeps, num_heads, place, length, ranks)
+        kept = find_kept(keeps, num_heads, place, length, ranks)
+        for h, i, j in product(range(num_heads), *map(range, full.shape[1:])):
+            block = kept[h, i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128]
+            listed = (bool(some[h % len(some), i, j]), bool(full[h % len(full), i, j]))
+            counts = (bool(block.any() and not block.all()), bool(block.all()))
+            if is_exact:
+                assert listed == counts, (ranks, h, i, j)
+            assert not all(listed), (ranks, h, i, j)
+            assert not listed[1] or counts[1], (ranks, h, i, j)
+            assert any(listed) or not any(counts), (ranks, h, i, j)
 
 
-def test_what_a_kernel_cannot_inline_runs_by_plain_operators(ranks: RankPool) -> None:
-    """A table of blocks: its mask is no arithmetic."""
-    results = ranks.run(run_table, world_size=2)
-    for got, want in results:
+@pytest.mark.parametrize("name", TABLES)
+def test_blocks_of_a_table_that_kernels_share_are_known(name: str) -> None:
+    keeps, length, num_heads = TABLES[name], 640, 4
+    place, ranks = Layout("contiguous", 1), (0, 0)
+    some, full = list_shards(keeps, num_heads, place, length, ranks)
+    assert len(full) == (1 if name == "given blocks" else num_heads)
+    kept = find_kept(keeps, num_heads, place, length, ranks)
+    blocks = kept.unflatten(2, (-1, 128)).unflatten(1, (-1, 128)).transpose(2, 3)
+    blocks = blocks.flatten(3)[: len(full)]
+    assert torch.equal(full, blocks.all(-1))
+    assert torch.equal(some, blocks.any(-1) & ~blocks.all(-1))
+
+
+def find_kept(
+    keeps: Boolean, num_heads: int, layout: Layout, length: int, ranks: tuple[int, int]
+) -> Tensor:
+    """Which pairs count, ``(H, n, m)``, of the rows of two shards."""
+    q, k = (torch.tensor(layout.positions(r, length)) for r in ranks)
+    heads = torch.arange(num_heads).view(-1, 1, 1)
+    captures = [torch.arange(length)[None] % 7 > 0]
+    kept = evaluate(keeps, (torch.zeros_like(heads), heads, q[:, None], k), captures)
+    return kept.expand(num_heads, len(q), len(k))
+
+
+def test_tables_of_blocks_run_by_flex_kernels(ranks: RankPool) -> None:
+    for got, want in ranks.run(run_table, world_size=2):
         assert (got - want).abs().max() <= 1e-6
 
 
@@ -167,10 +207,16 @@ def run_table(group: ProcessGroup, rank: int) -> tuple[Tensor, Tensor]:
     options: dict[str, Any] = {"attention": Custom(table, 4), "kernel": "flex"}
     call: Callable[..., Tensor]
     call, _ = compile_ring(attend, group, compiler="eager", options=options)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("plain operators")
+
     blocks = torch.arange(24) // 4
     mask = table[blocks[:, None], blocks]
     want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return call(q, k, v), want
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "MASKED_ATTENTION", refuse)
+        return call(q, k, v), want
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

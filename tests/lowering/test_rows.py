@@ -102,7 +102,11 @@ RESIDUES = {
     "a residue for each head": (Selection(8, 4, (0, 1, 2, 3), 4), 16, None),
     "a KV head's residue": (Selection(8, 4, (3, 3, 1, 1), 2), 16, 1),
     "every row": (Selection(4, 1, (0, 0), 1), 16, 1),
-    "not from the first row on": (Selection(4, 2, (1, 0), 2, start=9, stop=15), 16, None),
+    "not from the first row on": (
+        Selection(4, 2, (1, 0), 2, start=9, stop=15),
+        16,
+        None,
+    ),
     "not to the last row": (Selection(4, 2, (1, 1), 1, stop=12), 16, 1),
 }
 

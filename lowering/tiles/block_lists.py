@@ -1,0 +1,254 @@
+"""Lists of blocks of a mask that reads no captures: known before the graph runs.
+
+Invariant: lists are made by an op when the graph runs, from a few numbers and the mask
+as text, so that none is baked into the graph.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import sympy
+import torch
+import torch.nn.functional as F
+from sympy.logic.boolalg import Boolean
+from torch import Tensor
+
+from ringcompile import ops
+from ringcompile.ir.evaluate import evaluate, table_values
+from ringcompile.ir.layout import Layout
+from ringcompile.ir.mask import FALSE, TRUE, B, H, Mask
+from ringcompile.ir.schedule import Coverage
+from ringcompile.ir.text import format_mask, parse_mask
+from ringcompile.lowering.tiles.block_tables import (
+    Pairs,
+    find_blocks,
+    find_tables,
+    list_blocks,
+    spell_tables,
+)
+from ringcompile.lowering.uploads import prepare_upload, upload
+from ringcompile.plan.check_pairs import replace_unknown
+from ringcompile.plan.coverage import Span, find_coverage
+from ringcompile.torch_private import outside_tracing
+
+BLOCK = 128
+_BLOCKS_AT_ONCE, _MOST_LOOKED_AT = 64, 4096
+_EMPTY, _SOME, _FULL = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class SomeRows:
+    """Rows of a rank's shard.
+
+    Attributes:
+        layout: which positions each rank holds.
+        length: tokens S.
+        rank: whose shard.
+        runs: the rows, first and end of each run.
+    """
+
+    layout: Layout
+    length: int
+    rank: int
+    runs: tuple[tuple[int, int], ...]
+
+    def positions(self) -> tuple[int, ...]:
+        """Their global positions."""
+        at = self.layout.positions(self.rank, self.length)
+        return tuple(p for start, stop in self.runs for p in at[start:stop])
+
+    def __str__(self) -> str:
+        runs = "+".join(f"{start}:{stop}" for start, stop in self.runs)
+        layout = self.layout
+        return f"{layout.key} {layout.cp_size} {self.length} {self.rank} {runs}"
+
+    @classmethod
+    def parse(cls, text: str) -> "SomeRows":
+        """Read back what ``str`` gave."""
+        key, cp_size, length, rank, runs = text.split(" ")
+        ends = (run.split(":") for run in runs.split("+"))
+        return cls(
+            Layout.parse(key, int(cp_size)),
+            int(length),
+            int(rank),
+            tuple((int(start), int(stop)) for start, stop in ends),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ListSpec:
+    """Whose blocks are listed.
+
+    Attributes:
+        mask: which pairs count; reads no captures.
+        num_heads: query heads H.
+        q: the queries.
+        k: the keys.
+    """
+
+    mask: Mask
+    num_heads: int
+    q: SomeRows
+    k: SomeRows
+
+    def __str__(self) -> str:
+        return "\n".join(
+            map(str, (self.num_heads, self.q, self.k, format_mask(self.mask)))
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> "ListSpec":
+        """Read back what ``str`` gave."""
+        num_heads, q, k, mask = text.split("\n")
+        rows = SomeRows.parse(q), SomeRows.parse(k)
+        return cls(parse_mask(mask), int(num_heads), *rows)
+
+
+def mark_blocks(
+    keeps: Boolean, num_heads: int, q: tuple[int, ...], k: tuple[int, ...]
+) -> Tensor:
+    """0 for empty blocks, 1 for those under the mask, 2 for full ones.
+
+    Args:
+        keeps: the mask.
+        num_heads: query heads H.
+        q: positions of queries.
+        k: positions of keys.
+
+    Returns:
+        int8 ``(H, rows, columns)``; one head if all are alike.
+    """
+    if H not in keeps.free_symbols:
+        return _mark(keeps, q, k)[None]
+    heads = (keeps.xreplace({H: sympy.Integer(h)}) for h in range(num_heads))
+    marks = torch.stack([_mark(head, q, k) for head in heads])
+    return marks[:1] if bool((marks == marks[:1]).all()) else marks
+
+
+@lru_cache(maxsize=256)
+def _mark(keeps: Boolean, q: tuple[int, ...], k: tuple[int, ...]) -> Tensor:
+    """Of one head."""
+    if find_tables(keeps) and B not in keeps.free_symbols:
+        return _mark_by_tables(keeps, q, k)
+    rows, columns = (_cut(x) for x in (q, k))
+    marks = torch.full((len(rows), len(columns)), _EMPTY, dtype=torch.int8)
+    undecided: list[tuple[int, int]] = []
+    boxes = [(0, len(rows), 0, len(columns))]
+    while boxes:
+        top, bottom, left, right = boxes.pop()
+        spans = _find_span(q, top, bottom), _find_span(k, left, right)
+        coverage = find_coverage(keeps, *spans).coverage
+        height, width = bottom - top, right - left
+        if coverage is Coverage.FULL:
+            marks[top:bottom, left:right] = _FULL
+        elif coverage is Coverage.PARTIAL and height == width == 1:
+            undecided.append((top, left))
+        elif coverage is Coverage.PARTIAL and height >= width:
+            middle = top + height // 2
+            boxes += [(top, middle, left, right), (middle, bottom, left, right)]
+        elif coverage is Coverage.PARTIAL:
+            middle = left + width // 2
+            boxes += [(top, bottom, left, middle), (top, bottom, middle, right)]
+    if len(undecided) > _MOST_LOOKED_AT:  # a mask all over: that is never wrong
+        marks[torch.tensor(undecided).unbind(1)] = _SOME
+        undecided = []
+    for start in range(0, len(undecided), _BLOCKS_AT_ONCE):
+        some = torch.tensor(undecided[start : start + _BLOCKS_AT_ONCE]).unbind(1)
+        marks[some] = _look_at(keeps, rows[some[0]], columns[some[1]])
+    return marks
+
+
+def _mark_by_tables(keeps: Boolean, q: tuple[int, ...], k: tuple[int, ...]) -> Tensor:
+    """All blocks at once: boxes of several are never decided by a table."""
+    none = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+    at = (
+        none,
+        none,
+        torch.tensor(q).view(1, 1, -1, 1),
+        torch.tensor(k).view(1, 1, 1, -1),
+    )
+    tables = [table_values(name) for name in find_tables(keeps)]
+    must, may = find_blocks(spell_tables(keeps, 0), Pairs(at, tables, BLOCK))
+    return must[0, 0].to(torch.int8) + may[0, 0]
+
+
+def _cut(positions: tuple[int, ...]) -> Tensor:
+    """Positions by block, ``(blocks, 128)``; -1 past the end."""
+    padded = F.pad(torch.tensor(positions), (0, -len(positions) % BLOCK), value=-1)
+    return padded.view(-1, BLOCK)
+
+
+def _find_span(positions: tuple[int, ...], first: int, stop: int) -> Span:
+    """The positions of blocks ``first`` to ``stop``; if no run, all between them."""
+    some = positions[first * BLOCK : stop * BLOCK]
+    stride = some[1] - some[0] if len(some) > 1 else 1
+    if stride > 0 and some == tuple(range(some[0], some[-1] + 1, stride)):
+        return Span((0, some[0]), stride, (0, len(some)))
+    return Span((0, min(some)), 1, (0, max(some) - min(some) + 1))
+
+
+def _look_at(keeps: Boolean, q: Tensor, k: Tensor) -> Tensor:
+    """What blocks hold, ``(n,)``, of positions ``(n, 128)``."""
+    q, k = q[:, :, None], k[:, None]
+    exists, none = (q >= 0) & (k >= 0), torch.zeros_like(q)
+    must, may = (
+        evaluate(replace_unknown(keeps, value), (none, none, q, k)).expand_as(exists)
+        for value in (FALSE, TRUE)
+    )
+    found = (may & exists).flatten(1).any(1).to(torch.int8)
+    return found + ((must | ~exists).flatten(1).all(1) & (found > 0))
+
+
+@lru_cache(maxsize=256)
+def _make_lists(text: str) -> tuple[Tensor, ...]:
+    """Of each row of blocks which columns, then of each column which rows."""
+    spec = ListSpec.parse(text)
+    with outside_tracing():
+        positions = spec.q.positions(), spec.k.positions()
+        marks = mark_blocks(spec.mask.keeps, spec.num_heads, *positions)[None]
+        lists = list_blocks(marks == _FULL, marks != _EMPTY)
+        pairs = zip(lists[::2], lists[1::2], strict=True)
+        return tuple(
+            prepare_upload(x)
+            for counts, indices in pairs
+            for x in (counts, _narrow(indices, int(counts.max())))
+        )
+
+
+def _narrow(indices: Tensor, longest: int) -> Tensor:
+    """Without what lies behind the longest list: heads of their own make many lists."""
+    return indices[..., : max(1, longest)].contiguous()
+
+
+def _block_lists(text: str, *, device: torch.device) -> list[Tensor]:
+    return [upload(x, device) for x in _make_lists(text)]
+
+
+def _block_list_shapes(text: str, *, device: torch.device) -> list[Tensor]:
+    shapes = [x.shape for x in _make_lists(text)]
+    return [torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes]
+
+
+@lru_cache(maxsize=64)
+def _make_table(name: str) -> Tensor:
+    with outside_tracing():
+        return prepare_upload(table_values(name))
+
+
+def _block_table(name: str, *, device: torch.device) -> Tensor:
+    return upload(_make_table(name), device)
+
+
+def _block_table_shape(name: str, *, device: torch.device) -> Tensor:
+    table = _make_table(name)
+    return torch.empty(table.shape, dtype=table.dtype, device=device)
+
+
+ops.LIBRARY.impl("block_lists", _block_lists, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "ringcompile::block_lists", _block_list_shapes, lib=ops.LIBRARY
+)
+ops.LIBRARY.impl("block_table", _block_table, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "ringcompile::block_table", _block_table_shape, lib=ops.LIBRARY
+)
