@@ -24,12 +24,17 @@ from ringcompile.inductor_passes import (
     trace_graph,
 )
 from ringcompile.ir.text import rename_plan
+from ringcompile.lowering.exchange import exchange
 from ringcompile.lowering.hops import SHARED
 from ringcompile.lowering.ring import attend_ring, find_ring_gradients
 
 _LOOPS: Mapping[Callable[..., object] | str, Callable[..., list[Tensor]]] = (
     MappingProxyType(
-        {ops.RING_FORWARD: attend_ring, ops.RING_BACKWARD: find_ring_gradients}
+        {
+            ops.RING_FORWARD: attend_ring,
+            ops.RING_BACKWARD: find_ring_gradients,
+            ops.EXCHANGE: exchange,
+        }
     )
 )
 COMMUNICATING = (ops.HOP, ops.ALL_GATHER, ops.ALL_REDUCE)
@@ -44,14 +49,14 @@ def expand_rings(graph: Graph, *, can_call: bool) -> None:
             of them is written out.
     """
     alike: dict[tuple[object, ...], list[Node]] = {}
-    counts: Counter[tuple[object, str]] = Counter()
+    counts: Counter[tuple[object, ...]] = Counter()
     for op in _LOOPS:
         for node in graph.find_nodes(op="call_function", target=op):
             alike.setdefault(_describe(node), []).append(node)
-            counts[op, _plan_of_any(node)] += 1
+            counts[_describe_plan(node)] += 1
     for nodes in alike.values():
         plan = str(nodes[0].kwargs["plan"])
-        if counts[nodes[0].target, _plan_of_any(nodes[0])] > 1:
+        if counts[_describe_plan(nodes[0])] > 1:
             plan = rename_plan(plan, SHARED, "one of several attentions")
         body = _trace(nodes[0], plan)
         if can_call and len(nodes) > 1 and _is_fixed(nodes[0]):
@@ -70,6 +75,11 @@ def _describe(node: Node) -> tuple[object, ...]:
     """Equal iff one graph does what both do; which attention it is does not count."""
     args, kwargs = map_arg((node.args, dict(node.kwargs)), _describe_value)
     return node.target, repr(args), repr(kwargs | {"plan": _plan_of_any(node)})
+
+
+def _describe_plan(node: Node) -> tuple[object, ...]:
+    """Equal iff hops of both are of the same kind and plan."""
+    return node.target, node.kwargs.get("kind"), _plan_of_any(node)
 
 
 def _plan_of_any(node: Node) -> str:

@@ -12,6 +12,7 @@ from enum import IntEnum
 from torch import Tensor
 
 from ringcompile import ops
+from ringcompile.ir.attention import RankPlan
 from ringcompile.lowering.rows import Size
 from ringcompile.torch_private import WAIT_TENSOR
 
@@ -23,18 +24,35 @@ class Phase(IntEnum):
     BACKWARD_KV = 1
     BACKWARD_DKV = 2
     RESHARD = 3
+    EXCHANGE = 4
 
     @property
     def label(self) -> str:
         """The phase for people."""
-        return ("forward KV", "backward KV", "backward dKV", "reshard")[self]
+        labels = ("forward KV", "backward KV", "backward dKV", "reshard", "exchange")
+        return labels[self]
 
 
 RESHARDS = ("shard", "gather", "reduce", "spread")
 
-# gloo's tags are 31 bits wide: 2**15 attentions, 4 phases, 2**14 steps.
-_PHASES = len(Phase)
-_STEPS = 2**14
+
+class Exchange(IntEnum):
+    """What ranks that deal out heads give each other."""
+
+    QKV = 0  # rows for heads
+    OUT = 1  # heads for rows
+    GRAD_OUT = 2  # rows for heads
+    GRADS = 3  # heads for rows
+
+    @property
+    def is_to_heads(self) -> bool:
+        """Whether a rank then has some heads of all rows."""
+        return self in {Exchange.QKV, Exchange.GRAD_OUT}
+
+
+# gloo's tags are 31 bits wide: 2**15 attentions, 8 phases, 2**13 steps.
+_PHASES = 8
+_STEPS = 2**13
 _ATTENTIONS = 2**15
 
 SHARED = _ATTENTIONS - 1
@@ -48,7 +66,8 @@ class Tag:
     Attributes:
         attention: number of the attention in its model; 0 for reshards.
         phase: what travels.
-        step: number of the step, counted over all parts; or of the kind of reshard.
+        step: number of the step, counted over all parts; or of the kind of reshard; or
+            of a peer's place in an exchange.
     """
 
     attention: int
@@ -103,8 +122,8 @@ class Hops:
     partitioner, which does not ask, never sees a hop.
     """
 
-    def __init__(self, group_name: str, timeout_s: float, transport: str) -> None:
-        self._place = (group_name, timeout_s, transport)
+    def __init__(self, plan: RankPlan) -> None:
+        self._place = (plan.group_name, plan.timeout_s, plan.transport)
         self._after: list[Tensor] = []
 
     def start(

@@ -21,6 +21,7 @@ from ringcompile.ir.attention import RankPlan
 from ringcompile.lowering.adaptive import choose_blocks
 from ringcompile.lowering.bias_sums import BiasSums
 from ringcompile.lowering.empty_rows import fill_empty_rows
+from ringcompile.lowering.exchange import trade_heads, trade_rows
 from ringcompile.lowering.hops import Flight, Hops, Phase, keep
 from ringcompile.lowering.merge import merge
 from ringcompile.lowering.program import (
@@ -82,12 +83,14 @@ def ring_attention(  # noqa: PLR0913 - the op's schema
     if torch.is_autocast_enabled(device):  # as torch's own attention is autocast
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     with torch.autocast(device, enabled=False):
+        q, k, v = trade_rows(q, k, v, plan=plan)
         known, shares = choose_blocks(q, k, captures, plan=plan)
         out, lse = _Ring.apply(plan, shares, q, k, v, sinks, *biases, *known)  # type: ignore[no-untyped-call]
         divisor = read_plan(plan).schedule.mixing.divisor
         out = out if divisor == 1 else out / divisor
         lse = lse if sinks is None else None
-        return fill_empty_rows(out, lse, (q, k, v), biases, plan=read_plan(plan))
+        out = fill_empty_rows(out, lse, (q, k, v), biases, plan=read_plan(plan))
+        return trade_heads(out, plan=plan)
 
 
 class _Ring(torch.autograd.Function):
@@ -164,11 +167,6 @@ class _Shard:
     dtype: torch.dtype | None
 
 
-def _hops_of(plan_text: str) -> Hops:
-    plan = read_plan(plan_text)
-    return Hops(plan.group_name, plan.timeout_s, plan.transport)
-
-
 def _stages(
     part: PartProgram, hops: Hops, phase: Phase, kv: Values
 ) -> Iterator[list[tuple[TileProgram, Values]]]:
@@ -192,8 +190,8 @@ def _fetch(
     return hops.start(
         part.frame.tag(phase, tile.number),
         part.pack(tile.sends, _take(tile.sends, kv)),
-        dst=-1 if tile.sends is None else tile.reader,
-        src=-1 if tile.reads is None else tile.owner,
+        dst=-1 if tile.sends is None else part.frame.plan.find_peer(rank=tile.reader),
+        src=-1 if tile.reads is None else part.frame.plan.find_peer(rank=tile.owner),
         rows=0 if tile.reads is None else tile.reads.wire_count,
     )
 
@@ -224,7 +222,7 @@ def attend_ring(  # noqa: PLR0913 - the op's schema
     plan: str,
 ) -> list[Tensor]:
     """Forward of ``ops.RING_FORWARD``: out, lse and maybe each part's own out."""
-    record, hops = read_plan(plan), _hops_of(plan)
+    record, hops = read_plan(plan), Hops(read_plan(plan))
     k, v = k.contiguous(), v.contiguous()  # one copy for all hops
     own_outs: list[Tensor] = []
 
@@ -290,7 +288,7 @@ def find_ring_gradients(  # noqa: PLR0913, PLR0917 - the op's schema
     plan: str,
 ) -> list[Tensor]:
     """Backward, ``ops.RING_BACKWARD``: the gradients that are needed."""
-    record, hops = read_plan(plan), _hops_of(plan)
+    record, hops = read_plan(plan), Hops(read_plan(plan))
     k, v = k.contiguous(), v.contiguous()
     lse = torch.where(lse == -torch.inf, torch.inf, lse)
     dtype = q.dtype if len(record.schedule.parts) == 1 else None
@@ -404,8 +402,8 @@ def _return(part: PartProgram, tile: TileProgram, hops: Hops, dkv: Values) -> Fl
     return hops.start(
         part.frame.tag(Phase.BACKWARD_DKV, tile.number),
         part.pack(tile.reads, dkv),
-        dst=-1 if tile.reads is None else tile.owner,
-        src=-1 if tile.sends is None else tile.reader,
+        dst=-1 if tile.reads is None else part.frame.plan.find_peer(rank=tile.owner),
+        src=-1 if tile.sends is None else part.frame.plan.find_peer(rank=tile.reader),
         rows=0 if tile.sends is None else tile.sends.wire_count,
     )
 

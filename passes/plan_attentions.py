@@ -12,8 +12,9 @@ from ringcompile.ir.attention import Bias, Dropout, RankPlan
 from ringcompile.ir.layout import Layout, Side
 from ringcompile.ir.mask import FALSE, later_keys
 from ringcompile.ir.reshard import ReshardSpec, format_spec
-from ringcompile.ir.schedule import MixedParts, PartSpec, Schedule
+from ringcompile.ir.schedule import MixedParts, PartSpec, Schedule, Ulysses
 from ringcompile.mesh import Ranks
+from ringcompile.passes.deal_heads import merge_ranks, refuse_heads
 from ringcompile.passes.emitter import AxisLayout
 from ringcompile.passes.propagate_layout import Axis, Placements, Window
 from ringcompile.passes.read_added import is_cut
@@ -166,12 +167,15 @@ class Planner:
         planned = {}
         for index, (node, attention) in enumerate(attentions.items()):
             axes, region = placements.attention_axes[node], attention.region
-            schedule = self._schedule(attention, *axes)
+            refusal = self._refuse_ulysses(attention, *axes)
+            size = 1 if refusal else self._ranks.ulysses_size
+            schedule = self._schedule(attention, *axes, ulysses_size=size)
             self._note_scorer(index, attention.pattern, schedule)
             plan = RankPlan(
                 index=index,
                 name=region.where,
-                rank=self._ranks.rank,
+                rank=self._ranks.rank // size,
+                member=self._ranks.rank % size,
                 group_name=self._ranks.group_name,
                 scale=region.scale,
                 timeout_s=self._options.timeout_s,
@@ -184,10 +188,12 @@ class Planner:
                 softcap=region.softcap,
                 biases=tuple(Bias(is_cut=is_cut(bias)) for bias in region.biases),
             )
-            reasons = dict.fromkeys(self._reasons[number] for number in axes)
-            planned[node] = PlannedAttention(
-                region, attention.pattern, plan, "; keys: ".join(reasons)
+            reason = "; keys: ".join(
+                dict.fromkeys(self._reasons[number] for number in axes)
             )
+            if refusal:
+                reason += f"; a ring over all ranks: {refusal}"
+            planned[node] = PlannedAttention(region, attention.pattern, plan, reason)
         return planned
 
     def _note_scorer(self, index: int, pattern: object, schedule: Schedule) -> None:
@@ -207,8 +213,29 @@ class Planner:
         assert isinstance(scorer, nn.Module), "a learned choice has its module"
         self.scorers[index] = scorer
 
-    def _schedule(self, attention: Attention, number: int, key_number: int) -> Schedule:
+    def _refuse_ulysses(
+        self, attention: Attention, number: int, key_number: int
+    ) -> str | None:
+        """Why ranks can't deal out its heads; None: they can, or need not."""
+        size, axis = self._ranks.ulysses_size, self._axes[number]
+        if size == 1:
+            return None
+        if number != key_number:
+            return "its keys are another sequence"
+        if axis.layout.name not in {"contiguous", "zigzag"}:
+            return f"shards of neighbours are no shard of the layout {axis.layout.name}"
+        if axis.padded:
+            return "the sequence does not fill its shards"
+        return refuse_heads(attention.region, attention.build_parts(axis.length), size)
+
+    def _schedule(
+        self, attention: Attention, number: int, key_number: int, *, ulysses_size: int
+    ) -> Schedule:
         axis, keys = self._axes[number], self._axes[key_number]
+        ulysses = Ulysses()
+        if ulysses_size > 1:
+            ulysses = Ulysses(ulysses_size, axis.layout.chunks_per_rank)
+            axis = keys = replace(axis, layout=merge_ranks(axis.layout, ulysses_size))
         stages = self._options.stages
         num_stages = stages if isinstance(stages, int) else None
         parts = attention.build_parts(axis.length)
@@ -221,9 +248,10 @@ class Planner:
 
         is_open = all(selection is None for _, selection in parts)
         try:
-            return build(*(_read_side(x, is_open=is_open) for x in (axis, keys)))
+            built = build(*(_read_side(x, is_open=is_open) for x in (axis, keys)))
         except DependsOnLength:
-            return build(*(_read_side(x, is_open=False) for x in (axis, keys)))
+            built = build(*(_read_side(x, is_open=False) for x in (axis, keys)))
+        return replace(built, ulysses=ulysses)
 
 
 def _read_side(axis: AxisLayout, *, is_open: bool) -> Side:

@@ -11,6 +11,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ringcompile.errors import OptionError
 
+RING_AND_ULYSSES = ("ring", "ulysses")
+"""The dims of a mesh whose ranks deal out heads in small groups, between which KV go
+round."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
@@ -21,12 +25,15 @@ class Ranks:
         size: cp size, P.
         group_name: Name that functional collectives know the group by; "" if alone.
         device_type: ``cuda`` if the group moves CUDA tensors, else ``cpu``.
+        ulysses_size: how many ranks, one after the other, deal out heads among
+            themselves; the ring goes over groups of so many.
     """
 
     rank: int = 0
     size: int = 1
     group_name: str = ""
     device_type: str = "cpu"
+    ulysses_size: int = 1
 
     @property
     def is_alone(self) -> bool:
@@ -38,24 +45,29 @@ def find_ranks(mesh: object = None) -> Ranks:
     """Describe the context-parallel group that the option ``mesh`` names.
 
     Args:
-        mesh: 1-D ``DeviceMesh``, a process group, or None for the default group.
+        mesh: 1-D ``DeviceMesh``, one of the dims ``("ring", "ulysses")``, a process
+            group, or None for the default group.
 
     Returns:
         The ranks; one lone rank if the group has one member, or if ``mesh`` is None
         and no process group is initialized.
 
     Raises:
-        OptionError: the mesh is not 1-D, or this process has no place in it.
+        OptionError: the mesh has other dims, or this process has no place in it.
     """
     group = find_group(mesh)
     if group is None:
         return Ranks()
+    ulysses_size = 1
+    if isinstance(mesh, DeviceMesh) and mesh.mesh_dim_names == RING_AND_ULYSSES:
+        ulysses_size = mesh.size(1)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise _not_a_member("a process group")
     if size == 1:
         return Ranks()
-    return Ranks(rank, size, group.group_name, _find_device_type(group))
+    device_type = _find_device_type(group)
+    return Ranks(rank, size, group.group_name, device_type, ulysses_size)
 
 
 def find_group(mesh: object = None) -> dist.ProcessGroup | None:
@@ -78,19 +90,23 @@ def find_group(mesh: object = None) -> dist.ProcessGroup | None:
 
 
 def _find_mesh_group(mesh: DeviceMesh) -> dist.ProcessGroup:
-    if mesh.ndim != 1:
-        names = mesh.mesh_dim_names
+    names = mesh.mesh_dim_names
+    if mesh.ndim != 1 and names != RING_AND_ULYSSES:
         raise OptionError(
             f"mesh={mesh!r}",
             at="options",
-            because=f"a {mesh.ndim}-D mesh (ulysses, ring) is not built yet",
+            because=f"of {mesh.ndim} mesh dims none is known to cut the sequence; two"
+            " may, if they are called ring and ulysses, in that order: ranks that deal"
+            " out heads are neighbours",
             instead=f"one mesh dim of it: mesh[{names[-1]!r}]"
             if names
             else "a 1-D mesh: one with mesh_dim_names can be indexed by name",
         )
     if mesh.get_coordinate() is None:
         raise _not_a_member(f"mesh {mesh!r}")
-    return mesh.get_group()
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    return mesh._flatten().get_group()  # noqa: SLF001 - torch's tutorials call it so
 
 
 def _not_a_member(what: str) -> OptionError:

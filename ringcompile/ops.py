@@ -32,6 +32,8 @@ LIBRARY = torch.library.Library("ringcompile", "DEF")
 #   hop, all_gather start communication, `_c10d_functional.wait_tensor` ends it. `deps`
 #                   only order; dst or src = -1: no peer, no rows.
 #   all_reduce      sums over the ranks, which are there when it returns.
+#   exchange        heads for rows, or rows for heads, among the ranks of `Ulysses`; a
+#                   tensor for each of `xs`. `kind` is `lowering.hops.Exchange`.
 #   join            as `torch.cat`; what makes a tensor writes it to its place, where
 #                   of `cat` Inductor may make one kernel that asks of each element
 #                   whose it is.
@@ -83,6 +85,7 @@ all_gather(Tensor x, int cp_size, int tag, str group_name, float timeout_s) -> T
 all_reduce(Tensor[] xs, int tag, str group_name, float timeout_s) -> Tensor[];
 
 keep(Tensor x, Tensor[] deps) -> Tensor;
+exchange(Tensor[] xs, *, int kind, str plan) -> Tensor[];
 join(Tensor[] xs, int dim) -> Tensor;
 
 row_table(str spec, *, Device device) -> Tensor;
@@ -124,6 +127,7 @@ HOP = _OPS.hop.default
 ALL_GATHER = _OPS.all_gather.default
 ALL_REDUCE = _OPS.all_reduce.default
 KEEP = _OPS.keep.default
+EXCHANGE = _OPS.exchange.default
 JOIN = _OPS.join.default
 ROW_TABLE = _OPS.row_table.default
 BLOCK_LISTS = _OPS.block_lists.default

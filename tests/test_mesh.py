@@ -46,12 +46,21 @@ def test_a_group_of_one_is_one_lone_rank() -> None:
 
 
 @pytest.mark.usefixtures("rank_1_of_4")
-def test_2d_mesh_is_refused_by_name() -> None:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
-    with pytest.raises(OptionError, match=r"2-D mesh .* not built yet\n.*mesh\['cp'\]"):
+@pytest.mark.parametrize("names", [("dp", "cp"), ("ulysses", "ring"), None])
+def test_other_2d_meshes_are_refused(names: tuple[str, str] | None) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+    way_out = "a 1-D mesh" if names is None else rf"mesh\['{names[1]}'\]"
+    with pytest.raises(OptionError, match=f"(?s)ring and ulysses.*{way_out}"):
         find_ranks(mesh)
-    with pytest.raises(OptionError, match=r"2-D mesh .* not built yet\n.*names"):
-        find_ranks(init_device_mesh("cpu", (2, 2)))
+
+
+@pytest.mark.usefixtures("rank_1_of_4")
+@pytest.mark.parametrize("shape", [(2, 2), (1, 4), (4, 1)])
+def test_ring_and_ulysses_are_all_ranks_of_the_sequence(shape: tuple[int, int]) -> None:
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("ring", "ulysses"))
+    ranks = find_ranks(mesh)
+    assert (ranks.rank, ranks.size, ranks.ulysses_size) == (1, 4, shape[1])
+    assert find_ranks(mesh) == ranks
 
 
 @pytest.mark.usefixtures("rank_1_of_4")

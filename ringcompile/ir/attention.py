@@ -39,7 +39,7 @@ class RankPlan:
     Attributes:
         index: number of the attention in its model; makes its tags unique.
         name: what errors and traces call it, e.g. ``model.layers.3 (model.py:12)``.
-        rank: this rank's place in the CP group.
+        rank: this rank's place in the schedule.
         group_name: the process group's name; empty for one rank.
         scale: factor of ``<Q, K>``.
         timeout_s: a hop older than this raises.
@@ -56,6 +56,7 @@ class RankPlan:
         softcap: scaled scores x become ``softcap * tanh(x / softcap)`` before biases
             are added; None: they stay.
         biases: how each tensor of ``biases`` is added to scores.
+        member: this rank's place among those that deal out heads (``Ulysses``).
     """
 
     index: int
@@ -72,6 +73,13 @@ class RankPlan:
     dropout: Dropout | None = None
     softcap: float | None = None
     biases: tuple[Bias, ...] = ()
+    member: int = 0
+
+    def find_peer(self, *, rank: int | None = None, member: int | None = None) -> int:
+        """The rank in the group of another place; what is left out is as here."""
+        rank = self.rank if rank is None else rank
+        member = self.member if member is None else member
+        return rank * self.schedule.ulysses.size + member
 
     @property
     def changes_scores(self) -> bool:

@@ -158,6 +158,24 @@ class Mixing:
         return ", ".join(words + ["detached weights"] * self.is_detached)
 
 
+@dataclass(frozen=True, slots=True)
+class Ulysses:
+    """How ranks trade their shards of all heads for all their tokens of some heads.
+
+    Of ``size`` ranks, one after the other, each gives every other the rows of its
+    heads before the ring and gets its own rows back behind it; in between they are one
+    rank of the schedule, whose shard is theirs end to end.
+
+    Attributes:
+        size: how many; 1: none, and nothing is traded.
+        chunks: runs that a rank of the model's layout holds: 2 of zigzag, whose later
+            ones lie in the opposite order.
+    """
+
+    size: int = 1
+    chunks: int = 1
+
+
 PartSpec = tuple[Mask, Selection | None]
 
 
@@ -242,6 +260,7 @@ class Schedule:
         mixing: how the outputs of parts become one.
         keys: where keys and values lie; None: as the queries do. Else the edges of KV
             rows are affine in the chunk length of this side.
+        ulysses: how each rank of it is made of several.
     """
 
     layout: Layout
@@ -249,10 +268,11 @@ class Schedule:
     parts: tuple[Part, ...]
     mixing: Mixing = Mixing()
     keys: Side | None = None
+    ulysses: Ulysses = Ulysses()
 
     @property
     def cp_size(self) -> int:
-        """Number of ranks."""
+        """Number of ranks that K and V go round; each may be several (Ulysses)."""
         return self.layout.cp_size
 
     @property
@@ -273,7 +293,10 @@ class Schedule:
         return f"{self.layout}, keys {self.keys}"
 
     def __str__(self) -> str:
-        lines = [" | ".join(filter(None, (f"schedule {self.place}", str(self.mixing))))]
+        heads = f"heads over {self.ulysses.size} ranks"
+        words = [f"schedule {self.place}", str(self.mixing)]
+        words += [heads] * (self.ulysses.size > 1)
+        lines = [" | ".join(filter(None, words))]
         for number, part in enumerate(self.parts):
             lines.append(f"  part {number}: {part.mask}")
             for step_number, step in enumerate(part.steps):

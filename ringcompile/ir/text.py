@@ -38,6 +38,7 @@ from ringcompile.ir.schedule import (
     Selection,
     Step,
     Tile,
+    Ulysses,
     format_runs,
 )
 from ringcompile.ir.sums import split_floor
@@ -63,6 +64,7 @@ def format_plan(plan: RankPlan) -> str:
             "dropout": plan.dropout and [plan.dropout.rate, plan.dropout.seed],
             "softcap": plan.softcap,
             "biases": [[bias.is_cut, bias.is_relative] for bias in plan.biases],
+            "member": plan.member,
         }
     )
 
@@ -118,6 +120,8 @@ def _schedule_to_json(schedule: Schedule) -> _Json:
     }
     if (keys := schedule.keys) is not None:
         record["keys"] = [keys.layout.key, keys.length]
+    if schedule.ulysses.size > 1:
+        record["ulysses"] = [schedule.ulysses.size, schedule.ulysses.chunks]
     return record
 
 
@@ -132,6 +136,7 @@ def _schedule_from_json(value: _Json) -> Schedule:
         tuple(map(_part_from_json, value["parts"])),
         Mixing(*value["mixing"]),
         keys,
+        Ulysses(*value.get("ulysses", ())),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.fx import GraphModule, Node
 
 from ringcompile import backend
@@ -66,6 +67,7 @@ class Record:
         gathers: op and reason of each gather that is no output.
         masks: text of each ring's mask.
         layouts: layout of each ring.
+        ulysses: how many ranks deal out the heads of each.
         text: the last graph after rewriting.
         graphs: forward and backward graphs, under ``compiler="capture"``.
     """
@@ -76,6 +78,7 @@ class Record:
     gathers: list[str] = field(default_factory=list)
     masks: list[str] = field(default_factory=list)
     layouts: list[str] = field(default_factory=list)
+    ulysses: list[int] = field(default_factory=list)
     text: str = ""
     graphs: list[Graph] = field(default_factory=list)
 
@@ -91,12 +94,13 @@ class Record:
         ]
         self.masks += [str(a.region.mask) for a in made.attentions]
         self.layouts += [a.plan.schedule.place for a in made.attentions]
+        self.ulysses += [a.plan.schedule.ulysses.size for a in made.attentions]
         self.text = made.texts.get("rewrite", "")
 
 
 def compile_ring(
     model: nn.Module | Callable[..., Any],
-    group: ProcessGroup | None,
+    group: ProcessGroup | DeviceMesh | None,
     *,
     compiler: str = "inductor",
     options: Mapping[str, Any] | None = None,
@@ -106,7 +110,7 @@ def compile_ring(
 
     Args:
         model: what to compile.
-        group: the context-parallel group; None for one rank.
+        group: the context-parallel group, or mesh; None for one rank.
         compiler: ``inductor``; ``capture`` to keep the graphs that Inductor is given
             and run those eagerly; ``aot_eager`` or ``eager`` to run the rewritten graph
             without Inductor.

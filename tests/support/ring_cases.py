@@ -16,9 +16,10 @@ from ringcompile.ir import mask as m
 from ringcompile.ir.attention import RankPlan
 from ringcompile.ir.layout import Layout, Side
 from ringcompile.ir.mask import EmptyRow, Mask
-from ringcompile.ir.schedule import MixedParts, Mixing, Selection
+from ringcompile.ir.schedule import MixedParts, Mixing, Selection, Ulysses
 from ringcompile.ir.text import format_plan
 from ringcompile.lowering.inductor import inductor_patches
+from ringcompile.passes.deal_heads import merge_ranks
 from ringcompile.plan.stages import build_schedule
 from ringcompile.torch_private import compile_with_inductor
 from support import dense
@@ -49,6 +50,7 @@ class Case:
         kernel: ``auto`` or ``math``.
         keys: how many keys, of another sequence than the queries; None: their own.
         key_layout: name of the layout of those.
+        ulysses: how many ranks deal out heads among themselves.
     """
 
     mask: str
@@ -67,6 +69,7 @@ class Case:
     kernel: str = "auto"
     keys: int | None = None
     key_layout: str = "contiguous"
+    ulysses: int = 1
 
     @property
     def num_keys(self) -> int:
@@ -207,12 +210,18 @@ def plan_text(case: Case, group: ProcessGroup, rank: int, *, timeout_s: float) -
     if case.keys is not None:
         (_, keys) = case.sides(group.size())
         keys = replace(keys, length=None) if case.any_length else keys
+    ulysses = Ulysses()
+    if case.ulysses > 1:
+        ulysses = Ulysses(case.ulysses, layout.chunks_per_rank)
+        layout = merge_ranks(layout, case.ulysses)
     schedule = build_schedule(parts, layout, length, num_stages=case.stages, keys=keys)
+    schedule = replace(schedule, ulysses=ulysses)
     return format_plan(
         RankPlan(
             index=3,
             name="test",
-            rank=rank,
+            rank=rank // case.ulysses,
+            member=rank % case.ulysses,
             group_name=group.group_name,
             scale=SCALE,
             timeout_s=timeout_s,
