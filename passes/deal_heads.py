@@ -1,11 +1,10 @@
-"""Whether an attention's heads can be dealt out to ranks (Ulysses), and their layout.
+"""Whether an attention's heads can be dealt out to ranks (Ulysses).
 
 Invariant: what differs from head to head stays with a ring over all ranks.
 """
 
 from collections.abc import Sequence
 
-from ringcompile.ir.layout import Layout
 from ringcompile.ir.mask import EmptyRow, H
 from ringcompile.ir.schedule import PartSpec
 from ringcompile.passes.regions import Region
@@ -35,9 +34,3 @@ def refuse_heads(region: Region, parts: Sequence[PartSpec], size: int) -> str | 
         if mask.empty_row not in {EmptyRow.ZERO, EmptyRow.NAN}:
             return "a row without a key takes the mean of all values"
     return None
-
-
-def merge_ranks(layout: Layout, size: int) -> Layout:
-    """The layout of groups of ``size`` ranks, one after the other."""
-    cp_size = layout.cp_size // size
-    return Layout("contiguous" if cp_size == 1 else layout.name, cp_size)

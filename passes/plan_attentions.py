@@ -14,7 +14,7 @@ from ringcompile.ir.mask import FALSE, later_keys
 from ringcompile.ir.reshard import ReshardSpec, format_spec
 from ringcompile.ir.schedule import MixedParts, PartSpec, Schedule, Ulysses
 from ringcompile.mesh import Ranks
-from ringcompile.passes.deal_heads import merge_ranks, refuse_heads
+from ringcompile.passes.deal_heads import refuse_heads
 from ringcompile.passes.emitter import AxisLayout
 from ringcompile.passes.propagate_layout import Axis, Placements, Window
 from ringcompile.passes.read_added import is_cut
@@ -235,7 +235,7 @@ class Planner:
         ulysses = Ulysses()
         if ulysses_size > 1:
             ulysses = Ulysses(ulysses_size, axis.layout.chunks_per_rank)
-            axis = keys = replace(axis, layout=merge_ranks(axis.layout, ulysses_size))
+            axis = keys = replace(axis, layout=axis.layout.merge(ulysses_size))
         stages = self._options.stages
         num_stages = stages if isinstance(stages, int) else None
         parts = attention.build_parts(axis.length)

@@ -147,6 +147,9 @@ def _add_question(
     parser.add_argument("--head-size", type=_count, default=features)
     parser.add_argument("--stages", type=_count, help="group the steps into so many")
     parser.add_argument(
+        "--ulysses", type=_count, default=1, help="so many ranks deal out heads"
+    )
+    parser.add_argument(
         "--machine",
         choices=("cpu", "h200"),
         default="cpu",
@@ -191,6 +194,7 @@ def _read_question(given: argparse.Namespace) -> "Question":
         length=given.seq,
         sizes=sizes,
         num_stages=given.stages,
+        ulysses=given.ulysses,
         machine=given.machine,
     )
 

@@ -1,15 +1,16 @@
 """``plan`` and ``simulate``: one attention's schedule, drawn, weighed and tried out."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
 from torch import Tensor
 
+from ringcompile.errors import OptionError
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.mask import Mask
-from ringcompile.ir.schedule import Schedule
+from ringcompile.ir.schedule import Schedule, Ulysses
 from ringcompile.patterns import AttentionSpec
 from ringcompile.patterns.picture import draw_parts
 from ringcompile.plan.check import check_schedule
@@ -40,6 +41,10 @@ class Question:
         sizes: of the attention.
         num_stages: steps are grouped into this many; None: a stage for each.
         machine: ``cpu`` or ``h200``.
+        ulysses: how many ranks deal out heads among themselves.
+
+    Raises:
+        OptionError: ranks, heads or the layout don't allow that.
     """
 
     mask: Mask
@@ -49,6 +54,18 @@ class Question:
     sizes: Sizes
     num_stages: int | None = None
     machine: str = "cpu"
+    ulysses: int = 1
+
+    def __post_init__(self) -> None:
+        numbers = self.ranks, self.sizes.num_heads, self.sizes.num_kv_heads
+        if self.ulysses < 1 or any(n % self.ulysses for n in numbers):
+            raise OptionError(
+                f"--ulysses {self.ulysses}",
+                at="plan",
+                because="ranks, heads and KV heads ({}, {}, {}) are dealt out to so"
+                " many".format(*numbers),
+                instead="a number that divides all three",
+            )
 
     def plan(self) -> tuple[Schedule, str]:
         """The schedule, and why it has its layout."""
@@ -60,6 +77,8 @@ class Question:
         if self.layout != "auto":
             layout, reason = Layout(self.layout, self.ranks), "as asked"
         is_even = self.length % layout.num_chunks == 0
+        if self.ulysses > 1:
+            return self._plan_ulysses(layout, is_even=is_even), reason
         try:
             length = None if is_even else self.length
             schedule = build_schedule(parts, layout, length, num_stages=self.num_stages)
@@ -69,6 +88,23 @@ class Question:
             )
         check_schedule(schedule)
         return schedule, reason
+
+    def _plan_ulysses(self, layout: Layout, *, is_even: bool) -> Schedule:
+        if layout.name not in {"contiguous", "zigzag"} or not is_even:
+            raise OptionError(
+                f"--ulysses with {layout} of {self.length} tokens",
+                at="plan",
+                because="neighbours' shards are one of the ring's only in contiguous"
+                " and zigzag, where the sequence fills them",
+                instead=f"a multiple of {2 * self.ranks} tokens, and one of these",
+            )
+        parts, merged = [(self.mask, None)], layout.merge(self.ulysses)
+        schedule = build_schedule(
+            parts, merged, self.length, num_stages=self.num_stages
+        )
+        check_schedule(schedule)
+        ulysses = Ulysses(self.ulysses, layout.chunks_per_rank)
+        return replace(schedule, ulysses=ulysses)
 
 
 def draw_question(question: Question) -> str:
@@ -113,14 +149,15 @@ def _format_seconds(seconds: float) -> str:
 
 def _format_formulas(schedule: Schedule) -> Iterator[str]:
     """Bytes in the sizes of a call; ranks of one formula are told once."""
-    if schedule.cp_size == 1:
+    if schedule.cp_size == schedule.ulysses.size == 1:
         return
     by_text: dict[str, list[int]] = {}
     for rank, traffic in enumerate(bytes_per_rank(schedule)):
         there, back = sympy.factor(traffic.forward), sympy.factor(traffic.backward)
         text = f"forward {there}, backward {back}"
         by_text.setdefault(text, []).append(rank)
-    yield "  bytes sent for B batches, G KV heads, S tokens, D and E features:"
+    heads = "G KV heads" if schedule.ulysses.size == 1 else "H heads, G KV heads"
+    yield f"  bytes sent for B batches, {heads}, S tokens, D and E features:"
     for text, ranks in by_text.items():
         yield f"    rank {', '.join(map(str, ranks))}: {text}"
 

@@ -156,6 +156,13 @@ class Layout:
             at = torch.where(rows < number * chunk, at, later + start)
         return at
 
+    def merge(self, size: int) -> "Layout":
+        """The layout of groups of ``size`` ranks, one after the other."""
+        assert self.name in {"contiguous", "zigzag"}, f"neighbours of {self.name}"
+        assert self.cp_size % size == 0, f"groups of {size} of {self.cp_size} ranks"
+        cp_size = self.cp_size // size
+        return Layout("contiguous" if cp_size == 1 else self.name, cp_size)
+
     def permutation(self, length: int) -> tuple[int, ...]:
         """``pi``: the global position of each row of all shards laid end to end."""
         return tuple(p for r in range(self.cp_size) for p in self.positions(r, length))

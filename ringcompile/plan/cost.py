@@ -4,7 +4,7 @@ A stage is computed while the hops of the next fly, so it takes the longer of th
 the slowest rank. It ranks layouts; it does not predict a wall clock.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 from ringcompile.ir.layout import Side
@@ -72,6 +72,14 @@ class Sizes:
     item_bytes: int = 2
     batch: int = 1
 
+    def divide(self, size: int) -> "Sizes":
+        """Those of one of ``size`` ranks that deal out the heads."""
+        return replace(
+            self,
+            num_heads=self.num_heads // size,
+            num_kv_heads=self.num_kv_heads // size,
+        )
+
     @property
     def flops_per_pair(self) -> int:
         """Forward flops of one (query, key) pair, all heads and batches."""
@@ -101,9 +109,11 @@ def estimate_seconds(
         kv_length: keys, if they lie on another sequence.
     """
     kv_length = kv_length or length
+    exchange = _find_exchange_seconds(schedule, length, sizes, machine)
+    sizes = sizes.divide(schedule.ulysses.size)
     sides = schedule.q_side.at(length), schedule.kv_side.at(kv_length)
     hops = _find_hop_seconds(schedule, kv_length, sizes, machine)
-    number, total = count(), 0.0
+    number, total = count(), 2 * exchange
     for part in schedule.parts:
         numbers = [[next(number) for _ in stage] for stage in part.stages]
         compute = [
@@ -122,6 +132,17 @@ def estimate_seconds(
             total += max(seconds, ahead)
             total += max(seconds * machine.backward_factor, ahead + home)
     return total
+
+
+def _find_exchange_seconds(
+    schedule: Schedule, length: int, sizes: Sizes, machine: Machine
+) -> float:
+    """What ranks that deal out heads wait for, before and behind the ring."""
+    size = schedule.ulysses.size
+    rows = schedule.layout.shard_size(length) / size
+    row_bytes = 2 * (sizes.num_heads + sizes.num_kv_heads) * sizes.head_size
+    num_bytes = rows * row_bytes * sizes.item_bytes * sizes.batch * (size - 1) / size
+    return 2 * (size - 1) * machine.hop_s + num_bytes / machine.link_bytes
 
 
 def _compute_seconds(

@@ -16,7 +16,8 @@ from ringcompile.plan.backward import Communication, Phase, communications
 from ringcompile.plan.selection import selected_rows
 
 BATCH, KV_HEADS, LENGTH = sympy.symbols("B G S", positive=True, integer=True)
-"""Batches, KV heads and keys: KV travels, queries never do."""
+"""Batches, KV heads and keys: KV travels; queries only where ranks deal out heads."""
+HEADS = sympy.Symbol("H", positive=True, integer=True)
 HEAD_SIZE, VALUE_SIZE = sympy.symbols("D E", positive=True, integer=True)
 ITEM_BYTES = sympy.Symbol("item_bytes", positive=True, integer=True)
 GRAD_BYTES = 4  # dKV travels as float32, or at most so (Part.is_one_call)
@@ -27,8 +28,9 @@ class Traffic:
     """Bytes that one rank sends for one attention.
 
     Attributes:
-        forward: KV, in ``B, G, S, D, E`` and ``item_bytes``.
-        backward: KV again, and dKV as sums in float32.
+        forward: KV, in ``B, G, S, D, E`` and ``item_bytes``; where ranks deal out heads
+            also q and out, and ``H``.
+        backward: KV again, dKV as sums in float32, and what was dealt out.
     """
 
     forward: sympy.Expr
@@ -42,7 +44,11 @@ class Traffic:
 
 def bytes_per_rank(schedule: Schedule) -> tuple[Traffic, ...]:
     """What each rank sends, in rank order."""
-    return tuple(_bytes_of(schedule, rank) for rank in range(schedule.cp_size))
+    return tuple(
+        traffic
+        for rank in range(schedule.cp_size)
+        for traffic in [_bytes_of(schedule, rank)] * schedule.ulysses.size
+    )
 
 
 def _bytes_of(schedule: Schedule, rank: int) -> Traffic:
@@ -54,12 +60,16 @@ def _bytes_of(schedule: Schedule, rank: int) -> Traffic:
     for hop in communications(schedule, rank):
         chunks, rows = count_sent_rows(schedule, hop, rank)
         totals[hop.phase] += chunks * chunk + sympy.Rational(rows)
-    per_row = BATCH * KV_HEADS * (HEAD_SIZE + VALUE_SIZE)
+    size = schedule.ulysses.size
+    per_row = BATCH * KV_HEADS * (HEAD_SIZE + VALUE_SIZE) / size
+    shard = chunk * side.layout.chunks_per_rank / size
+    heads = BATCH * (HEADS + KV_HEADS) * (HEAD_SIZE + VALUE_SIZE)
+    exchanged = ITEM_BYTES * heads * shard * sympy.Rational(size - 1, size)
     backward = totals[Phase.BACKWARD_KV] * ITEM_BYTES
     backward += totals[Phase.BACKWARD_DKV] * GRAD_BYTES
     return Traffic(
-        sympy.expand(totals[Phase.FORWARD_KV] * ITEM_BYTES * per_row),
-        sympy.expand(backward * per_row),
+        sympy.expand(totals[Phase.FORWARD_KV] * ITEM_BYTES * per_row + exchanged),
+        sympy.expand(backward * per_row + exchanged),
     )
 
 

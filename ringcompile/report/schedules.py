@@ -48,12 +48,17 @@ def read_steps(
 def _count_rows(
     schedule: Schedule, length: int
 ) -> dict[tuple[Phase, int, int], list[Fraction]]:
-    """Rows per KV head that each rank sends, by phase, step and part."""
+    """Rows per KV head that each rank sends, by phase, step and part.
+
+    Of ranks that deal out heads each sends the rows of its own, here on average.
+    """
+    size = schedule.ulysses.size
     chunk = schedule.kv_side.layout.chunk_size(length)
     sent: dict[tuple[Phase, int, int], list[Fraction]] = {}
     for rank in range(schedule.cp_size):
         for hop in communications(schedule, rank):
             chunks, rows = count_sent_rows(schedule, hop, rank)
             key = (hop.phase, hop.step, hop.part)
-            sent.setdefault(key, []).append(chunks * chunk + rows)
+            of_rank = (chunks * chunk + rows) / size
+            sent.setdefault(key, []).extend([of_rank] * size)
     return sent

@@ -9,7 +9,20 @@ from support.ring_cases import Case, join, run_cases, run_inference
 from torch.distributed import ProcessGroup
 
 from ringcompile import ops
+from ringcompile.ir.layout import Layout
+from ringcompile.ir.schedule import Ulysses
 from ringcompile.lowering.hops import Exchange, Phase, Tag
+from ringcompile.plan.stages import build_schedule
+from ringcompile.plan.traffic import (
+    BATCH,
+    HEAD_SIZE,
+    HEADS,
+    ITEM_BYTES,
+    KV_HEADS,
+    LENGTH,
+    VALUE_SIZE,
+    bytes_per_rank,
+)
 
 NAMES = ("out", "dq", "dk", "dv")
 LIMITS = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 1e-2}
@@ -124,6 +137,19 @@ def test_all_ranks_start_the_same_hops_and_send_rows_of_others_heads(
         Exchange.GRAD_OUT: H * E * row_bytes,
         Exchange.GRADS: (H * D + G * (D + E)) * row_bytes,
     }
+
+
+def test_bytes_are_those_that_the_plan_tells(ranks: RankPool) -> None:
+    case = replace(make_case("causal", "zigzag", 2), dtype=torch.float32)
+    layout = Layout("zigzag", 4).merge(2)
+    schedule = build_schedule(case.parts, layout, case.length)
+    schedule = replace(schedule, ulysses=Ulysses(2, 2))
+    H, G, D, E = case.heads
+    sizes = {BATCH: 2, HEADS: H, KV_HEADS: G, HEAD_SIZE: D, VALUE_SIZE: E}
+    sizes |= {ITEM_BYTES: 4, LENGTH: case.length}
+    told = [sum(t.resolve(sizes)) for t in bytes_per_rank(schedule)]
+    seen = ranks.run(trace_tags, case, world_size=4)
+    assert [sum(n for _, n in of_rank) for of_rank in seen] == told
 
 
 def _decode(seen: list[tuple[int, int]]) -> list[tuple[Tag, int]]:

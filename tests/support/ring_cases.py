@@ -19,7 +19,6 @@ from ringcompile.ir.mask import EmptyRow, Mask
 from ringcompile.ir.schedule import MixedParts, Mixing, Selection, Ulysses
 from ringcompile.ir.text import format_plan
 from ringcompile.lowering.inductor import inductor_patches
-from ringcompile.passes.deal_heads import merge_ranks
 from ringcompile.plan.stages import build_schedule
 from ringcompile.torch_private import compile_with_inductor
 from support import dense
@@ -213,7 +212,7 @@ def plan_text(case: Case, group: ProcessGroup, rank: int, *, timeout_s: float) -
     ulysses = Ulysses()
     if case.ulysses > 1:
         ulysses = Ulysses(case.ulysses, layout.chunks_per_rank)
-        layout = merge_ranks(layout, case.ulysses)
+        layout = layout.merge(case.ulysses)
     schedule = build_schedule(parts, layout, length, num_stages=case.stages, keys=keys)
     schedule = replace(schedule, ulysses=ulysses)
     return format_plan(
