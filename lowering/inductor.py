@@ -9,6 +9,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from torch import Tensor
+from torch.fx import Graph
 
 from ringcompile import ops
 from ringcompile.errors import OptionError
@@ -30,11 +31,14 @@ _FOLDERS = ("lowering", "ir", "plan")
 _FILES = ("ops.py", "torch_private.py", "inductor_passes.py")
 
 
-def inductor_patches(user: Mapping[str, object]) -> dict[str, object]:
+def inductor_patches(
+    user: Mapping[str, object], graph: Graph | None = None
+) -> dict[str, object]:
     """Config patches under which Inductor compiles rewritten graphs.
 
     Args:
         user: the user's own patches; they win, and their passes run before ours.
+        graph: what is compiled, if checkpoints in it may be tags of its nodes.
 
     Returns:
         All patches for ``compile_fx``.
@@ -50,13 +54,29 @@ def inductor_patches(user: Mapping[str, object]) -> dict[str, object]:
         "post_grad_custom_pre_pass": partial(first_pass, expand_rings),
         "_pre_fusion_custom_pass": partial(order_pass, communicates),
     }
+    tags = "" if graph is None else _describe_checkpoints(graph)
     ours = dict[str, object]()
     for name, make in passes.items():
         others = passes_of(user, name)
         uuids = [pass_uuid(other) for other in others]
-        uuid = repr((sources_hash(), *uuids)) if all(uuids) else ""
+        uuid = repr((sources_hash(), tags, *uuids)) if all(uuids) else ""
         ours[name] = make(uuid, others)
     return patches | dict(user) | ours
+
+
+def _describe_checkpoints(graph: Graph) -> str:
+    """A hash of which nodes are recomputed, and together with which; "" if none are.
+
+    Compile caches read ops and not tags: without it they give a checkpointed model what
+    the same ops without checkpoints were compiled to.
+    """
+    numbers = dict[object, int]()
+    tags = [
+        (n, str(policy), numbers.setdefault(node.meta.get("ac_graph_id"), len(numbers)))
+        for n, node in enumerate(graph.nodes)
+        if (policy := node.meta.get("recompute")) is not None
+    ]
+    return hashlib.sha256(repr(tags).encode()).hexdigest()[:16] if tags else ""
 
 
 def require_kernel(kernel: str, example_inputs: Sequence[object]) -> None:

@@ -79,7 +79,8 @@ def ring(
 
     require_kernel(chosen.kernel, example_inputs)
     prepare = partial(prepare_transport, chosen.transport, ranks, example_inputs)
-    compiled = compile_with_inductor(made.gm, example_inputs, inductor_patches(patches))
+    patches = inductor_patches(patches, made.gm.graph)
+    compiled = compile_with_inductor(made.gm, example_inputs, patches)
     compiled = check_blocks_at_calls(compiled, made.block_checks)
     return agree_at_first_call(
         compiled, made, gm, ranks, timeout_s=chosen.timeout_s, then=prepare
