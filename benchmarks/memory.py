@@ -39,7 +39,7 @@ from training import SMALL, TRAINERS, Llama, try_training
 
 _LAYERS = 2
 _TRIAL_S = 300.0
-_PEERS = ("ring", "torch CP", "torch CP, compiled")
+_PEERS = ("ring", "torch CP, all-to-all", "torch CP, all-to-all, compiled")
 
 
 def fit(rows: Mapping[str, Row], peer: str, device: str) -> Row | None:

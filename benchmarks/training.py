@@ -23,6 +23,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import ringcompile
 
+# The key of AOTAutograd's cache does not tell a ring's checkpointed layers from others:
+# whichever was compiled first would be measured as both.
+torch.compiler.config.force_disable_caches = True
+
 # What CPUs train.
 SMALL = {"heads": 8, "kv_heads": 2, "hidden": 64, "intermediate": 128, "vocab": 256}
 _PEAK_TFLOPS = 989  # of an H200, dense bfloat16
@@ -220,7 +224,7 @@ def _gathered(sizes: Llama, mesh: DeviceMesh) -> Iterator[Step]:
     yield Step(model, lambda: module(*rows), is_part=True, has_parts=True)
 
 
-def _context_parallel(*, is_compiled: bool) -> Trainer:
+def _context_parallel(rotate: str, *, is_compiled: bool) -> Trainer:
     @contextmanager
     def enter(sizes: Llama, mesh: DeviceMesh) -> Iterator[Step]:
         model = sizes.build(mesh.device_type, _UNMASKED)
@@ -228,7 +232,7 @@ def _context_parallel(*, is_compiled: bool) -> Trainer:
         buffers = _draw_buffers(sizes, mesh.device_type)
         if is_compiled:
             module = torch.compile(module)
-        with ring_sdpa(mesh, buffers, [1, 1, 1], "alltoall"):
+        with ring_sdpa(mesh, buffers, [1, 1, 1], rotate):
             yield Step(model, lambda: module(*buffers), is_part=True, has_parts=True)
 
     return enter
@@ -236,8 +240,10 @@ def _context_parallel(*, is_compiled: bool) -> Trainer:
 
 TRAINERS: dict[str, Trainer] = {
     "ring": _ring,
-    "torch CP": _context_parallel(is_compiled=False),
-    "torch CP, compiled": _context_parallel(is_compiled=True),
+    "torch CP, all-to-all": _context_parallel("alltoall", is_compiled=False),
+    "torch CP, all-gather": _context_parallel("allgather", is_compiled=False),
+    "torch CP, all-to-all, compiled": _context_parallel("alltoall", is_compiled=True),
+    "torch CP, all-gather, compiled": _context_parallel("allgather", is_compiled=True),
     "all-gather + cuDNN": _gathered,
     "one rank, eager": _alone,  # of the whole sequence: to compare on CPU
 }
@@ -250,10 +256,11 @@ def try_training(name: str, sizes: Llama, mesh: DeviceMesh, rounds: int) -> Row:
     on_gpu = mesh.device_type == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
     def start(stack: ExitStack) -> Callable[[], Row]:
         step = stack.enter_context(TRAINERS[name](sizes, mesh))
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()  # the model's making is no step
         loss = step.run()
 
         def measure() -> Row:
