@@ -6,54 +6,61 @@
 Useful TFLOP/s per GPU of forward and backward, bfloat16, B = 1, D = 128, random data,
 medians of ``--rounds``, the slowest rank's. A graph has four attentions, as that of a
 model has its layers', each of inputs of its own; times are of one of them. ``E``
-divides by the TFLOP/s of one GPU's own cuDNN kernel at 32k causal in the same run. A
-peer that does not run gives its error. Rows that the file has already are not measured
-again, and keep the E of their own run; errors are tried again. On CPU it is float32, by
-torch's own kernel, at the first length: a way to debug, not to measure.
+divides by the TFLOP/s of one GPU's own cuDNN kernel at 32k causal in the same run, and
+``of ring`` by those of the first peer, which is ours, at the same sizes in the same
+run. A peer that does not run gives its error. Rows that the file has already are not
+measured again, and keep the ratios of their own run. On CPU it is float32, by torch's
+own kernel, at the first length: a way to debug, not to measure.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from by_hand import attend_by_sdpa, attend_by_tiles, attend_gathered, attend_ulysses
 from measure import (
     Call,
     Peer,
+    Row,
     Sizes,
+    fill_rows,
     make_mesh,
     make_parser,
     print_row,
-    read_rows,
-    save_rows,
+    relate,
     try_peer,
 )
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.experimental import context_parallel
-from torch.distributed.tensor.experimental._attention import set_rotate_method
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch_cp import compile_flex, cut_block_mask, ring_sdpa, use_cudnn
 
 import ringcompile  # noqa: F401 - the backend, in a checkout that is not installed
 
 ONE_GPU_TOKENS = 32768
 _ATTENTIONS = 4
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-def _attend(*inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        for q, k, v in zip(inputs[::3], inputs[1::3], inputs[2::3], strict=True)
-    )
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def _attend(*inputs: Tensor, by: Attend = _sdpa) -> tuple[Tensor, ...]:
+    return tuple(map(by, inputs[::3], inputs[1::3], inputs[2::3]))
+
+
+def _draw(sizes: Sizes, mesh: DeviceMesh) -> list[Tensor]:
+    return [x.requires_grad_() for x in sizes.draw(mesh, sizes.tokens)]
 
 
 @contextmanager
 def _one_gpu(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Call]:
-    inputs = [x.requires_grad_() for x in sizes.draw(mesh, sizes.tokens)]
-    with _cudnn(mesh):
+    inputs = _draw(sizes, mesh)
+    with use_cudnn(mesh):
         yield Call(lambda: _attend(*inputs), inputs)
 
 
@@ -61,7 +68,7 @@ def _ring(**options: object) -> Peer:
     @contextmanager
     def enter(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Call]:
         torch.compiler.reset()
-        inputs = [x.requires_grad_() for x in sizes.draw(mesh, sizes.tokens)]
+        inputs = _draw(sizes, mesh)
         given = {"inputs": "sharded", "layout": "zigzag", **options}
         for x in inputs:  # as activations in a graph have, which is a whole model's
             torch._dynamo.mark_static_address(x)  # noqa: SLF001 - its public name
@@ -75,27 +82,64 @@ def _context_parallel(rotate: str) -> Peer:
     @contextmanager
     def enter(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Call]:
         inputs = sizes.draw(mesh, sizes.tokens * sizes.num_ranks)
-        set_rotate_method(rotate)
-        with ExitStack() as stack:
-            stack.enter_context(
-                context_parallel(
-                    mesh, buffers=inputs, buffer_seq_dims=[2] * len(inputs)
-                )
-            )
-            stack.enter_context(_cudnn(mesh))
-            stack.callback(lambda: [x.requires_grad_(False) for x in inputs])
+        with ring_sdpa(mesh, inputs, [2] * len(inputs), rotate):
             for x in inputs:
                 x.requires_grad_()
-            yield Call(lambda: _attend(*inputs), inputs)
+            try:
+                yield Call(lambda: _attend(*inputs), inputs)
+            finally:
+                for x in inputs:  # torch restores them in place
+                    x.requires_grad_(False)
 
     return enter
 
 
-def _cudnn(mesh: DeviceMesh) -> Any:  # noqa: ANN401 - torch's context
-    on_gpu = mesh.device_type == "cuda"
-    return sdpa_kernel(
-        SDPBackend.CUDNN_ATTENTION if on_gpu else SDPBackend.FLASH_ATTENTION
+@contextmanager
+def _flex(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Call]:
+    inputs = _draw(sizes, mesh)
+    compiled = compile_flex(mesh)
+    mask = cut_block_mask(
+        lambda _b, _h, q, k: q >= k, sizes.tokens * sizes.num_ranks, mesh
     )
+    by = partial(compiled, block_mask=mask)
+    yield Call(lambda: _attend(*inputs, by=by), inputs)
+
+
+@contextmanager
+def _gathered(sizes: Sizes, mesh: DeviceMesh, *, attend: Attend) -> Iterator[Call]:
+    inputs = _draw(sizes, mesh)
+    by = partial(attend_gathered, group=mesh.get_group(), attend=attend)
+    yield Call(lambda: _attend(*inputs, by=by), inputs)
+
+
+@contextmanager
+def _ulysses(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Call]:
+    inputs = _draw(sizes, mesh)
+    by = partial(attend_ulysses, group=mesh.get_group())
+    with use_cudnn(mesh):
+        yield Call(lambda: _attend(*inputs, by=by), inputs)
+
+
+@contextmanager
+def _deepspeed(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Call]:
+    """Its tensors are ``(B, T, H, D)``, its kernel here the same SDPA."""
+    import deepspeed  # noqa: PLC0415 - a peer, which few machines have
+    from deepspeed.sequence.layer import DistributedAttention  # noqa: PLC0415
+
+    deepspeed.init_distributed(dist_backend=dist.get_backend())
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _sdpa(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    module = DistributedAttention(attend, mesh.get_group())
+
+    def by(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = module(*(x.transpose(1, 2) for x in (q, k, v)), 0)
+        return out.transpose(1, 2)
+
+    inputs = _draw(sizes, mesh)
+    with use_cudnn(mesh):
+        yield Call(lambda: _attend(*inputs, by=by), inputs)
 
 
 PEERS: dict[str, Peer] = {
@@ -104,6 +148,11 @@ PEERS: dict[str, Peer] = {
     "ring, CUDA graphs": _ring(inductor={"triton.cudagraphs": True}),
     "torch CP, all-to-all": _context_parallel("alltoall"),
     "torch CP, all-gather": _context_parallel("allgather"),
+    "torch CP, flex": _flex,
+    "all-gather + SDPA": partial(_gathered, attend=attend_by_sdpa),
+    "all-gather + cuDNN": partial(_gathered, attend=attend_by_tiles),
+    "Ulysses by hand": _ulysses,
+    "DeepSpeed Ulysses": _deepspeed,
 }
 
 
@@ -117,29 +166,31 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     args = parser.parse_args()
     mesh = make_mesh(args.device, args.last_of)
-    rows = read_rows(args.json)
-    for text in args.heads:
-        heads, kv_heads = map(int, text.split(":"))
-        tokens = ONE_GPU_TOKENS if args.device == "cuda" else args.tokens[0]
-        alone = Sizes(heads, kv_heads, tokens, 1, _ATTENTIONS)
-        cases = [
-            (name, replace(alone, tokens=n, num_ranks=mesh.size()))
-            for n in args.tokens
-            for name in args.peers
-        ]
-        keys = [f"{name}, {sizes}, {args.device}" for name, sizes in cases]
-        missing = [key for key in keys if "both" not in rows.get(key, {})]
-        if missing:
-            one = try_peer(_one_gpu, alone, mesh, args.rounds)  # of this run
-            print_row(f"one GPU, {alone}", one)
-        for key, (name, sizes) in zip(keys, cases, strict=True):
-            if key in missing:
-                row = try_peer(PEERS[name], sizes, mesh, args.rounds)
-                if "both" in row and "both" in one:
-                    row["E"] = row["both"] / one["both"]
-                rows[key] = row
-                save_rows(args.json, rows)
-            print_row(key, rows[key])
+    one_tokens = ONE_GPU_TOKENS if args.device == "cuda" else args.tokens[0]
+
+    @cache
+    def measure_one(heads: int, kv_heads: int) -> Row:
+        sizes = Sizes(heads, kv_heads, one_tokens, 1, _ATTENTIONS)
+        row = try_peer(_one_gpu, sizes, mesh, args.rounds)
+        print_row(f"one GPU, {sizes}", row)
+        return row
+
+    @cache
+    def measure(name: str, sizes: Sizes) -> Row:
+        row = try_peer(PEERS[name], sizes, mesh, args.rounds)
+        relate(row, "E", partial(measure_one, sizes.heads, sizes.kv_heads))
+        if name != "ring":
+            relate(row, "of ring", partial(measure, "ring", sizes))
+        return row
+
+    cases = {
+        f"{name}, {sizes}, {args.device}": partial(measure, name, sizes)
+        for heads in args.heads
+        for n in args.tokens
+        for sizes in [Sizes(*map(int, heads.split(":")), n, mesh.size(), _ATTENTIONS)]
+        for name in args.peers
+    }
+    fill_rows(args, mesh, cases)
     dist.destroy_process_group()
 
 

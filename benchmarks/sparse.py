@@ -12,7 +12,7 @@ call, and what is made of them (torch's block mask) is timed with it.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import count
 
 import torch
@@ -21,18 +21,18 @@ import torch.nn.functional as F
 from measure import (
     Call,
     Peer,
+    Row,
     Sizes,
+    fill_rows,
     make_mesh,
     make_parser,
     print_row,
-    read_rows,
-    save_rows,
+    relate,
     try_peer,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.experimental import _context_parallel
-from torch.nn.attention.flex_attention import flex_attention
+from torch_cp import compile_flex, cut_block_mask
 
 import ringcompile
 from ringcompile import patterns as p
@@ -99,27 +99,10 @@ def _ring_documents(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Call]:
     yield Call(forward, inputs)
 
 
-class _Flex(nn.Module):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, block_mask: object) -> Tensor:
-        out: Tensor = flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True)  # type: ignore[arg-type,assignment]
-        return out
-
-
 @contextmanager
 def _flex_documents(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Call]:
-    """Torch's context_parallel of flex_attention, balanced by head and tail."""
-    torch.compiler.reset()
-    of_torch = _context_parallel._attention  # noqa: SLF001 - there is no public name
-    balance = _context_parallel._load_balancer._HeadTailLoadBalancer  # noqa: SLF001
     inputs = [x.requires_grad_() for x in sizes.draw(mesh, sizes.tokens)]
-    total = sizes.tokens * sizes.num_ranks
-    balancer = balance(total, sizes.num_ranks, mesh.device_type)
-    plan = of_torch._ContextParallel(  # noqa: SLF001
-        seq_dim=2,
-        attention_type=of_torch._ContextParallel.AttentionType.FLEX,  # noqa: SLF001
-    )
-    module = plan._apply(_Flex(), mesh)  # noqa: SLF001
-    compiled = torch.compile(module)
+    compiled = compile_flex(mesh)
     known = _draw_documents(sizes, mesh, 0)
     seeds = count()
 
@@ -128,9 +111,7 @@ def _flex_documents(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Call]:
 
     def forward() -> tuple[Tensor, ...]:
         known.copy_(_draw_documents(sizes, mesh, next(seeds)))
-        mask = of_torch._create_cp_block_mask(  # noqa: SLF001
-            mask_mod, 1, 1, total, total, mesh, load_balancer=balancer
-        )
+        mask = cut_block_mask(mask_mod, known.shape[1], mesh)
         return (compiled(*inputs, mask),)
 
     yield Call(forward, inputs)
@@ -165,6 +146,21 @@ def _share_of(pattern: p.LongNet | p.MaskPattern, total: int) -> float:
     return sum(segment / rate**2 for segment, rate in sizes) / total
 
 
+def _list_peers(total: int) -> dict[str, tuple[Peer, Callable[[], float]]]:
+    """What is measured at that length, and the share of its pairs that count."""
+    of_documents = partial(_share_of_documents, total)
+    return {
+        "documents": (_ring_documents, of_documents),
+        "documents, torch flex CP": (_flex_documents, of_documents),
+    } | {
+        name: (
+            partial(_ring, layout=layout, attention=pattern),
+            partial(_share_of, pattern, total),
+        )
+        for name, (pattern, layout) in _patterns(total).items()
+    }
+
+
 def main() -> None:
     """Measure all rows that the file has not, and print a table."""
     parser = make_parser(__doc__)
@@ -173,36 +169,28 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="parts of names")
     args = parser.parse_args()
     mesh = make_mesh(args.device, args.last_of)
-    rows = read_rows(args.json)
+
+    @cache
+    def measure_dense(sizes: Sizes) -> Row:
+        row = try_peer(_ring, sizes, mesh, args.rounds)
+        print_row(f"dense causal ring, {sizes}", row)
+        return row
+
+    def measure(peer: Peer, dense: Sizes, share_of: Callable[[], float]) -> Row:
+        sizes = replace(dense, share=share_of())
+        row = try_peer(peer, sizes, mesh, args.rounds)
+        relate(row, "share", partial(measure_dense, dense))
+        return row
+
+    cases = {}
     for tokens in args.tokens:
         dense = Sizes(*map(int, args.heads.split(":")), tokens, mesh.size())
-        total = tokens * mesh.size()
-        of_documents = partial(_share_of_documents, total)
-        cases: dict[str, tuple[Peer, Callable[[], float]]] = {
-            "documents": (_ring_documents, of_documents),
-            "documents, torch flex CP": (_flex_documents, of_documents),
-        }
-        for name, (pattern, layout) in _patterns(total).items():
-            peer: Callable[..., object] = partial(
-                _ring, layout=layout, attention=pattern
-            )
-            cases[name] = peer, partial(_share_of, pattern, total)  # type: ignore[assignment]
-        base = None
-        for name, (case, share_of) in cases.items():
-            if not any(part in name for part in args.only):
-                continue
-            key = f"{name}, {dense}, {args.device}"
-            if "both" not in rows.get(key, {}):
-                if base is None:
-                    base = try_peer(_ring, dense, mesh, args.rounds)  # of this run
-                    print_row(f"dense causal ring, {dense}", base)
-                sizes = replace(dense, share=share_of())
-                row = try_peer(case, sizes, mesh, args.rounds)
-                if "both" in row and "both" in base:
-                    row["share"] = sizes.share * base["both_ms"] / row["both_ms"]
-                rows[key] = row
-                save_rows(args.json, rows)
-            print_row(key, rows[key])
+        for name, (peer, share_of) in _list_peers(tokens * mesh.size()).items():
+            if any(part in name for part in args.only):
+                cases[f"{name}, {dense}, {args.device}"] = partial(
+                    measure, peer, dense, share_of
+                )
+    fill_rows(args, mesh, cases)
     dist.destroy_process_group()
 
 
