@@ -16,6 +16,7 @@ own kernel, at the first length: a way to debug, not to measure.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from math import gcd
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ from measure import (
     try_peer,
 )
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch_cp import compile_flex, cut_block_mask, ring_sdpa, use_cudnn
 
 import ringcompile  # noqa: F401 - the backend, in a checkout that is not installed
@@ -50,7 +51,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _attend(*inputs: Tensor, by: Attend = _sdpa) -> tuple[Tensor, ...]:
-    return tuple(map(by, inputs[::3], inputs[1::3], inputs[2::3]))
+    """``(B, T, H, D)`` of each, as models go on with."""
+    outs = map(by, inputs[::3], inputs[1::3], inputs[2::3])
+    return tuple(out.transpose(1, 2) for out in outs)
 
 
 def _draw(sizes: Sizes, mesh: DeviceMesh) -> list[Tensor]:
@@ -76,6 +79,19 @@ def _ring(**options: object) -> Peer:
         yield Call(lambda: compiled(*inputs), inputs)
 
     return enter
+
+
+@contextmanager
+def _ring_and_ulysses(
+    sizes: Sizes, mesh: DeviceMesh, *, most: int | None = None
+) -> Iterator[Call]:
+    """Heads over as many ranks as can share them, ``most`` at most; else as a ring."""
+    size = gcd(sizes.kv_heads, sizes.num_ranks, most or sizes.num_ranks)
+    shape, names = (sizes.num_ranks // size, size), ("ring", "ulysses")
+    ranks = init_device_mesh(mesh.device_type, shape, mesh_dim_names=names)
+    layout = "zigzag" if shape[0] > 1 else "contiguous"
+    with _ring(mesh=ranks, layout=layout)(sizes, mesh) as call:
+        yield call
 
 
 def _context_parallel(rotate: str) -> Peer:
@@ -146,6 +162,8 @@ PEERS: dict[str, Peer] = {
     "ring": _ring(),
     "ring, sends": _ring(transport="p2p"),
     "ring, CUDA graphs": _ring(inductor={"triton.cudagraphs": True}),
+    "ring, Ulysses": _ring_and_ulysses,
+    "ring, Ulysses of 2": partial(_ring_and_ulysses, most=2),
     "torch CP, all-to-all": _context_parallel("alltoall"),
     "torch CP, all-gather": _context_parallel("allgather"),
     "torch CP, flex": _flex,

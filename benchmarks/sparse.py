@@ -3,10 +3,11 @@
     torchrun --nproc-per-node 2 benchmarks/sparse.py --json sparse.json
     torchrun --nproc-per-node 2 benchmarks/sparse.py --device cpu --tokens 1024
 
-Useful TFLOP/s per GPU as in attention.py, of the pairs that count. ``share`` is the
-speed-up over the dense causal ring of the same run, divided by what the pairs that
-count promise: 1 is all that sparsity can give. Documents have other bounds in each
-call, and what is made of them (torch's block mask) is timed with it.
+Useful TFLOP/s per GPU as in attention.py, of the pairs that count, and as there four
+attentions in a graph. ``share`` is the speed-up over the dense causal ring of the same
+run, divided by what the pairs that count promise: 1 is all that sparsity can give.
+Documents have other bounds in each call, and what is made of them (torch's block mask)
+is timed with it.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,18 +40,29 @@ from ringcompile import patterns as p
 
 _DOCUMENTS = 8  # that a sequence has, one with another
 _BLOCK = 128
+_ATTENTIONS = 4
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    torch._check(q.shape[2] == k.shape[2])  # noqa: SLF001 - its public name
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+def _attend(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """``(B, T, H, D)`` of each q, k and v, as models go on with."""
+    outs = []
+    for q, k, v in zip(inputs[::3], inputs[1::3], inputs[2::3], strict=True):
+        torch._check(q.shape[2] == k.shape[2])  # noqa: SLF001 - its public name
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        outs.append(out.transpose(1, 2))
+    return tuple(outs)
 
 
-def _attend_documents(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
-    torch._check(q.shape[2] == k.shape[2] == ids.shape[1])  # noqa: SLF001
-    at = torch.arange(q.shape[2], device=q.device)
+def _attend_documents(ids: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The same over documents; a mask for all."""
+    at = torch.arange(ids.shape[1], device=ids.device)
     mask = (ids[:, None, :, None] == ids[:, None, None]) & (at[:, None] >= at)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    outs = []
+    for q, k, v in zip(inputs[::3], inputs[1::3], inputs[2::3], strict=True):
+        torch._check(q.shape[2] == k.shape[2] == ids.shape[1])  # noqa: SLF001
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        outs.append(out.transpose(1, 2))
+    return tuple(outs)
 
 
 def _draw_documents(sizes: Sizes, mesh: DeviceMesh, seed: int) -> Tensor:
@@ -78,7 +90,7 @@ def _ring(
     inputs = [x.requires_grad_() for x in sizes.draw(mesh, sizes.tokens)]
     given = {"inputs": "sharded", "layout": layout, **options}
     compiled = torch.compile(_attend, backend="ring", dynamic=True, options=given)
-    yield Call(lambda: (compiled(*inputs),), inputs)
+    yield Call(lambda: compiled(*inputs), inputs)
 
 
 @contextmanager
@@ -94,7 +106,7 @@ def _ring_documents(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Call]:
     def forward() -> tuple[Tensor, ...]:
         ids = _draw_documents(sizes, mesh, next(seeds))
         mine = ringcompile.shard(ids, 1, layout="zigzag", mesh=mesh).contiguous()
-        return (compiled(*inputs, mine),)
+        return compiled(mine, *inputs)
 
     yield Call(forward, inputs)
 
@@ -112,7 +124,8 @@ def _flex_documents(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Call]:
     def forward() -> tuple[Tensor, ...]:
         known.copy_(_draw_documents(sizes, mesh, next(seeds)))
         mask = cut_block_mask(mask_mod, known.shape[1], mesh)
-        return (compiled(*inputs, mask),)
+        each = zip(inputs[::3], inputs[1::3], inputs[2::3], strict=True)
+        return tuple(compiled(*qkv, mask).transpose(1, 2) for qkv in each)
 
     yield Call(forward, inputs)
 
@@ -184,7 +197,8 @@ def main() -> None:
 
     cases = {}
     for tokens in args.tokens:
-        dense = Sizes(*map(int, args.heads.split(":")), tokens, mesh.size())
+        heads = map(int, args.heads.split(":"))
+        dense = Sizes(*heads, tokens, mesh.size(), _ATTENTIONS)
         for name, (peer, share_of) in _list_peers(tokens * mesh.size()).items():
             if any(part in name for part in args.only):
                 cases[f"{name}, {dense}, {args.device}"] = partial(

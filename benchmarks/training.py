@@ -23,10 +23,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import ringcompile
 
-# The key of AOTAutograd's cache does not tell a ring's checkpointed layers from others:
-# whichever was compiled first would be measured as both.
-torch.compiler.config.force_disable_caches = True
-
 # What CPUs train.
 SMALL = {"heads": 8, "kv_heads": 2, "hidden": 64, "intermediate": 128, "vocab": 256}
 _PEAK_TFLOPS = 989  # of an H200, dense bfloat16

@@ -2,11 +2,12 @@
 
 Rows in runs of the window's length see, of one run of keys, those up to the diagonal
 and, of the run before, those from the diagonal on: kernels without a mask, all runs in
-one batch. Of a dilated window that is so for each class of rows. Invariant: a pair that
-counts is in exactly one call, and no other is.
+one batch. Of a dilated window that is so for each class of rows. Where a window counts
+in blocks its edge is a stair: a diagonal, and a small triangle for each block of rows.
+Invariant: a pair that counts is in exactly one call, and no other is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import permutations, product
@@ -17,7 +18,7 @@ from sympy.logic.boolalg import Boolean
 from ringcompile.ir.layout import Side
 from ringcompile.ir.mask import K, Q
 from ringcompile.ir.schedule import Coverage, Kernel, Piece
-from ringcompile.ir.sums import split_terms
+from ringcompile.ir.sums import split_floor, split_terms
 from ringcompile.lowering.calls import Call, join_calls, rows
 from ringcompile.plan.coverage import Span, find_coverage
 from ringcompile.plan.tiles import Strip, find_parts
@@ -31,10 +32,22 @@ LEAST_WINDOW = (16, 256)
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """Row i sees the rows j of ``least <= i - j <= most``."""
+    """Row i sees the rows j of ``least <= i - j <= most``.
+
+    Where an edge is a stair, it sees more of the block of rows that the edge runs
+    through: all that lie nearer than the band at ``least``, farther at ``most``.
+
+    Attributes:
+        least: the least distance; of a stair that of blocks, in rows.
+        most: the greatest; of a stair one less than that of blocks, in rows.
+        least_step: rows of a block of the stair at ``least``; 1: there is none.
+        most_step: the same at ``most``.
+    """
 
     least: int
     most: int
+    least_step: int = 1
+    most_step: int = 1
 
     @property
     def width(self) -> int:
@@ -83,25 +96,78 @@ def cut_window(
 def _find_band(keeps: Boolean, q: Strip, kv: Strip) -> Band | None:
     """What a mask keeps of two runs; None: not a band."""
     decision = find_coverage(keeps, q.span, kv.span)
-    least, most = -_FAR, _FAR
     if decision.coverage is Coverage.EMPTY:
         return Band(0, -1)
     stride = q.span.stride
     is_run = q.order is None and kv.order is None and stride == kv.span.stride
     if decision.undecided and not is_run:
         return None
-    apart = q.span.start[1] - kv.span.start[1]
+    starts = q.span.start[1], kv.span.start[1]
+    apart = starts[0] - starts[1]
+    edges: dict[int, list[_Edge]] = {1: [], -1: []}  # of i - j from below, of j - i
     for atom in decision.undecided:
         if not isinstance(atom, sympy.Ge):
             return None
         terms, constant = split_terms(atom.lhs)
-        if terms == {Q: 1, K: -1}:  # i - j >= (-constant - apart) / stride
-            least = max(least, -((constant + apart) // stride))
-        elif terms == {Q: -1, K: 1}:
-            most = min(most, (constant - apart) // stride)
-        else:
+        step = _find_step(terms)
+        is_aligned = stride == 1 and not any(
+            n % step for n in (*starts, q.count[1], kv.count[1])
+        )
+        if step == 0 or (step > 1 and not is_aligned):
             return None
-    return Band(least, most)
+        sign = 1 if any(Q in t.free_symbols and n > 0 for t, n in terms.items()) else -1
+        # Of rows i and j, for q - k + constant >= 0 and its mirror image.
+        least = -((step * constant + sign * apart) // stride)
+        edges[sign].append(_Edge(least, step))
+    lower, upper = (_join_edges(edges[sign]) for sign in (1, -1))
+    if lower is None or upper is None:
+        return None
+    has_stairs = max(lower.step, upper.step) > 1
+    # The far stair has its diagonal, so that widths of whole blocks stay such.
+    most = -upper.least - (upper.step > 1)
+    band = Band(lower.least, most, lower.step, upper.step)
+    # Stairs reach further than their diagonals: such may leave pairs between them.
+    return None if has_stairs and band.width <= 0 else band
+
+
+@dataclass(frozen=True, slots=True)
+class _Edge:
+    """``x >= least`` of a distance x between rows, or between their blocks of ``step``.
+
+    Of blocks ``least`` counts rows: those of as many blocks.
+    """
+
+    least: int
+    step: int
+
+    def implies(self, other: "_Edge") -> bool:
+        """Whether what is behind this edge is behind the other one."""
+        if self.step == other.step:
+            return self.least >= other.least
+        # Rows of blocks x apart are up to a block closer, or further, than x.
+        if other.step == 1:
+            return self.least - self.step + 1 >= other.least
+        if self.step == 1:
+            return self.least >= other.least
+        return False
+
+
+def _find_step(terms: Mapping[sympy.Basic, int]) -> int:
+    """1 of ``q - k`` or ``k - q``, n of that of their blocks of n; 0 of others."""
+    if terms in ({Q: 1, K: -1}, {Q: -1, K: 1}):
+        return 1
+    floors = [split_floor(t) for t in terms if isinstance(t, sympy.floor)]
+    if len(floors) != len(terms) or {x for x, _ in floors} != {Q, K}:
+        return 0
+    steps = {n for _, n in floors}
+    return steps.pop() if len(steps) == 1 and set(terms.values()) == {1, -1} else 0
+
+
+def _join_edges(edges: Sequence[_Edge]) -> _Edge | None:
+    """The one that implies all others; None: there is none."""
+    if not edges:
+        return _Edge(-_FAR, 1)
+    return next((e for e in edges if all(map(e.implies, edges))), None)
 
 
 def _find_classes(keeps: Boolean, q: Strip, kv: Strip) -> tuple[Band, int] | None:
@@ -160,7 +226,26 @@ def cut_band(band: Band, num_q: int, num_kv: int) -> list[Call]:
         size = (num_q - top, num_kv)
         lower += _cut_triangle(width, top, top - band.least, *size, is_upper=False)
         upper += _cut_triangle(width - 1, top, top - band.most, *size, is_upper=True)
-    return [call for calls in (lower, upper) for call in join_calls(calls)]
+    stairs = (_cut_stair(band, num_q, num_kv, is_upper=side) for side in (False, True))
+    return [call for calls in (lower, upper, *stairs) for call in join_calls(calls)]
+
+
+def _cut_stair(band: Band, num_q: int, num_kv: int, *, is_upper: bool) -> list[Call]:
+    """What an edge that is a stair has beside the band: a triangle on each step."""
+    step, edge, without = band.most_step, band.most + 1, 0
+    if is_upper:
+        step, edge, without = band.least_step, band.least, 1  # the diagonal
+    size = step - without
+    return [
+        Call(
+            rows(top, top + size),
+            rows(top - edge + without, top - edge + step),
+            Kernel.CAUSAL if size > 1 else Kernel.FULL,
+            is_upper=is_upper and size > 1,
+        )
+        for top in (range(0, num_q, step) if step > 1 else ())
+        if 0 <= top - edge <= num_kv - step
+    ]
 
 
 def _cut_triangle(

@@ -167,18 +167,26 @@ def test_documents_may_change_in_compiled_code() -> None:
                 assert_no_worse_than_one_rank(ours, base, want, f"{name}, {count}")
 
 
-@pytest.mark.parametrize("window", [256, 300, 1000])
-def test_windows_by_dense_kernels_lose_no_more_than_one(window: int) -> None:
+def _window(size: int) -> PatternCase:
+    return PatternCase(
+        p.DilatedWindow(size - 1), lambda H, _G, S: _near(H, S, 1, size - 1)
+    )
+
+
+WINDOWS = {f"window {size}": _window(size) for size in (256, 300, 1000)} | {
+    "blocks": PatternCase(p.LocalWindow(640, 64), lambda H, _G, S: _near(H, S, 64, 5))
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_by_dense_kernels_lose_no_more_than_one(name: str) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a kernel with a mask")
 
-    case = PatternCase(
-        p.DilatedWindow(window - 1),
-        lambda H, _G, S: _near(H, S, 1, window - 1),
-    )
+    case = WINDOWS[name]
     want, base = wanted(case), run_dense(case)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flex, "attend", refuse)
         got = run(case, "inductor", "auto")
     for what, ours, plain, exact in zip(NAMES, got, base, want, strict=True):
-        assert_no_worse_than_one_rank(ours, plain, exact, f"{what}, window {window}")
+        assert_no_worse_than_one_rank(ours, plain, exact, f"{what}, {name}")

@@ -9,7 +9,7 @@ import pytest
 import sympy
 import torch
 from expecttest import assert_expected_inline
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.ranks import RankPool
 from support.ring_cases import Case, join, run_cases
@@ -25,6 +25,7 @@ from ringcompile.ir.mask import (
     K,
     Mask,
     Q,
+    at_least_zero,
     causal,
     conjunction,
     equals_zero,
@@ -80,6 +81,39 @@ def test_each_pair_of_a_band_is_in_one_call(
     assert torch.equal(found, want)
 
 
+@settings(deadline=None)
+@given(
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.integers(-5, 5),
+    st.integers(0, 4),
+    st.sampled_from([(1, 1), (4, 1), (1, 4), (4, 4), (2, 4)]),
+)
+def test_each_pair_of_a_band_with_stairs_is_in_one_call(
+    num_q: int, num_kv: int, least: int, more: int, steps: tuple[int, int]
+) -> None:
+    i, j = torch.arange(num_q * 4)[:, None], torch.arange(num_kv * 4)
+    low, high = least * 4, (least + more) * 4
+    above, below = (i // n - j // n for n in steps)
+    want = ((above >= low // steps[0]) & (below <= high // steps[1])).long()
+    band = Band(low, high - (steps[1] > 1), *steps)
+    assume(band.width > 0)
+    calls = cut_band(band, num_q * 4, num_kv * 4)
+    assert torch.equal(count_pairs(calls, num_q * 4, num_kv * 4), want)
+
+
+def test_a_window_of_blocks_is_one_of_rows_and_a_triangle_for_each_block() -> None:
+    calls = cut_band(Band(0, 15, 1, 8), 64, 64)
+    assert_expected_inline(
+        _describe(calls),
+        """\
+4 x causal q 0:64 kv 0:64
+3 x upper q 16:63 kv 1:48
+6 x causal q 16:64 kv 0:48""",
+    )
+    assert [c.runs for c in calls] == [(16, 16), (15, 15), (8, 8)]
+
+
 def _describe(calls: Iterable[Call]) -> str:
     return "\n".join(
         f"{c.groups} x {'upper' if c.is_upper else c.kernel.value} q {c.q} kv {c.kv}"
@@ -107,6 +141,11 @@ def _every(n: int) -> Boolean:
     return equals_zero(sympy.Mod(Q - K, n))
 
 
+def _blocks(before: int, behind: int) -> Boolean:
+    apart = sympy.floor(Q / 4) - sympy.floor(K / 4)
+    return conjunction(at_least_zero(before - apart), at_least_zero(apart + behind))
+
+
 MASKS = {
     "causal window": conjunction(causal(), window(left=7)),
     "both sides": window(left=5, right=9),
@@ -114,6 +153,10 @@ MASKS = {
     "causal": causal(),
     "dilated": conjunction(causal(), window(left=12), _every(4)),
     "dilated, both sides": conjunction(window(left=12, right=9), _every(3)),
+    "window of blocks": _blocks(1, 1),
+    "causal window of blocks": conjunction(causal(), _blocks(2, 2)),
+    "blocks behind an edge": conjunction(_blocks(3, 0), window(left=-2)),
+    "blocks before an edge": conjunction(_blocks(3, 0), window(left=5)),
 }
 
 
@@ -157,6 +200,8 @@ def test_calls_of_all_tiles_are_the_mask(
     want = evaluate(keeps, (zero, zero, at[:, None], at), ())
     assert torch.equal(total, want.expand(length, length).long())
     is_cut = layout != "hilbert" and "window" in mask
+    if "blocks" in mask:  # chunks are whole ones
+        is_cut &= layout == "contiguous" and length % (4 * cp_size) == 0
     assert cut_some or not is_cut
 
 
@@ -266,6 +311,8 @@ def test_rings_take_no_kernel_with_a_mask(ranks: RankPool, cp_size: int) -> None
             ("wide window", "zigzag", 107, torch.float64, "eager"),
             ("dilated window", "contiguous", 108, torch.float32, "expanded"),
             ("wide window", "striped", 108, torch.float32, "expanded"),
+            ("wide blocks", "contiguous", 144, torch.float64, "eager"),
+            ("wide blocks", "zigzag", 96, torch.float32, "expanded"),
         )
         if cp_size == 1 or layout != "striped"
     )

@@ -170,6 +170,12 @@ def _local_window(_case: Case) -> Parts:
     return [(Mask(near & m.causal()), None)]
 
 
+def _wide_blocks(_case: Case) -> Parts:
+    """Blocks of 8 tokens: their own and the two before."""
+    i, j = sympy.floor(m.Q / 8), sympy.floor(m.K / 8)
+    return [(Mask(m.at_least_zero(2 - (i - j)) & m.causal()), None)]
+
+
 def _global_local(_case: Case) -> Parts:
     """SEMANTICS.md section 3, blocks of 4 tokens: the first for all, and neighbours."""
     i, j = sympy.floor(m.Q / 4), sympy.floor(m.K / 4)
@@ -197,6 +203,7 @@ MASKS: dict[str, Callable[[Case], Parts]] = {
     "longnet": _longnet,
     "detached longnet": lambda case: _longnet(case)[1:],
     "local window": _local_window,
+    "wide blocks": _wide_blocks,
     "global local": _global_local,
 }
 
