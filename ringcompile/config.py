@@ -53,8 +53,9 @@ class RingOptions:
     """The options of ``torch.compile(..., backend="ring", options={...})``.
 
     Attributes:
-        mesh: 1-D ``DeviceMesh`` or process group; None is the default group. A group
-            is compared by identity, a mesh as ``DeviceMesh`` compares itself.
+        mesh: 1-D ``DeviceMesh``, one of the dims ``("ring", "ulysses")``, or process
+            group; None is the default group. A group is compared by identity, a mesh
+            as ``DeviceMesh`` compares itself.
         attention: ``"exact"``, a hashable pattern of ``ringcompile.patterns``, or pairs
             (glob over modules' names, one of those): the first that matches holds.
         layout: Which positions each rank holds; ``auto`` decides by mask and cost, and
