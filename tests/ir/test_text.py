@@ -10,7 +10,7 @@ from support.masks import layouts, masks
 from ringcompile.ir.attention import RankPlan
 from ringcompile.ir.layout import Layout, Side
 from ringcompile.ir.mask import EmptyRow, K, Mask, Q, at_least_zero, causal, documents
-from ringcompile.ir.schedule import MixedParts, Mixing, Schedule, Selection
+from ringcompile.ir.schedule import MixedParts, Mixing, Schedule, Selection, Ulysses
 from ringcompile.ir.text import (
     format_mask,
     format_plan,
@@ -78,6 +78,16 @@ def test_schedules_for_any_length_come_back() -> None:
         assert parse_schedule(format_schedule(schedule)) == schedule
 
 
+def test_ranks_that_deal_out_heads_come_back() -> None:
+    schedule = build_schedule([(Mask(causal()), None)], Layout("zigzag", 2), 8)
+    schedule = dataclasses.replace(schedule, ulysses=Ulysses(3, 2))
+    plan = dataclasses.replace(plan_of(schedule), rank=1, member=2)
+    assert parse_plan(format_plan(plan)) == plan
+    peers = plan.find_peer(), plan.find_peer(rank=0), plan.find_peer(member=0)
+    assert peers == (5, 2, 3)
+    assert "heads over 3 ranks" in str(schedule)
+
+
 def test_keys_of_another_sequence_come_back() -> None:
     for length, keys in ((None, None), (7, None), (None, 9), (7, 9)):
         side = Side(Layout("zigzag", 3), keys)
@@ -105,6 +115,7 @@ def test_the_text_of_a_plan() -> None:
 "group_name":"0",
 "index":3,
 "kernel":"auto",
+"member":0,
 "name":"layer",
 "rank":0,
 "scale":0.1,

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.ranks import RankPool
-from support.ring_cases import Case, join, run_cases, run_inference
+from support.ring_cases import Case, check_cases, join, run_cases, run_inference
 from torch.distributed import ProcessGroup
 
 from ringcompile import ops
@@ -24,28 +24,7 @@ from ringcompile.plan.traffic import (
     bytes_per_rank,
 )
 
-NAMES = ("out", "dq", "dk", "dv")
-LIMITS = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 1e-2}
 SIZES = ((2, 2), (3, 3), (4, 2), (4, 4))  # ranks, and of those that deal out heads
-
-
-def check(ranks: RankPool, world_size: int, cases: list[Case]) -> None:
-    results = ranks.run(run_cases, tuple(cases), world_size=world_size)
-    for case, *by_rank in zip(cases, *results, strict=True):
-        for name, want, shards, is_needed in zip(
-            NAMES,
-            case.expected(),
-            zip(*by_rank, strict=True),
-            (True, *case.needs_grad),
-            strict=True,
-        ):
-            if not is_needed:
-                assert all(x is None for x in shards), (case, name)
-                continue
-            got = join(case, shards)
-            assert got.dtype == case.dtype
-            error = (got.double() - want).abs().max() / want.abs().max()
-            assert error < LIMITS[case.dtype], (case, name, error)
 
 
 def make_case(mask: str, layout: str, size: int) -> Case:
@@ -58,7 +37,7 @@ def test_every_mask_on_layouts_of_runs(
     ranks: RankPool, world_size: int, size: int
 ) -> None:
     masks = ("all", "causal", "window", "two-sided window", "documents", "padding")
-    check(
+    check_cases(
         ranks,
         world_size,
         [
@@ -73,7 +52,7 @@ def test_every_mask_on_layouts_of_runs(
 def test_heads_and_dtypes(ranks: RankPool, world_size: int, size: int) -> None:
     case = make_case("causal", "zigzag", size)
     wide = (4 * size, size, 16, 8)
-    check(
+    check_cases(
         ranks,
         world_size,
         [
@@ -89,12 +68,12 @@ def test_heads_and_dtypes(ranks: RankPool, world_size: int, size: int) -> None:
 def test_written_out_in_graphs(ranks: RankPool) -> None:
     case = replace(make_case("causal", "zigzag", 2), compile="expanded")
     some = replace(case, needs_grad=(False, True, False))
-    check(ranks, 4, [case, replace(case, any_length=True), some])
+    check_cases(ranks, 4, [case, replace(case, any_length=True), some])
 
 
 def test_inductor_lowers_it(ranks: RankPool) -> None:
     case = make_case("causal", "zigzag", 2)
-    check(ranks, 2, [replace(case, compile="inductor", dtype=torch.bfloat16)])
+    check_cases(ranks, 2, [replace(case, compile="inductor", dtype=torch.bfloat16)])
 
 
 def test_without_gradients(ranks: RankPool) -> None:

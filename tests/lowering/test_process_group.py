@@ -160,10 +160,10 @@ receive from rank 2 failed
     )
 
 
-@pytest.mark.parametrize("phase", list(Phase)[:-1])
+@pytest.mark.parametrize("phase", Phase)
 def test_tags_are_read_back(phase: Phase) -> None:
     for attention in (0, 5, 2**15 - 1):
-        for step in (0, 3, 2**14 - 1):
+        for step in (0, 3, 2**13 - 1):
             tag = Tag(attention, phase, step)
             assert Tag.decode(tag.encode()) == tag
             assert tag.encode() < 2**31

@@ -3,7 +3,15 @@
 import pytest
 import torch
 from support.ranks import RankError, RankPool
-from support.ring_cases import Case, join, run_case, run_cases, run_inference
+from support.ring_cases import (
+    NAMES,
+    Case,
+    check_cases,
+    join,
+    run_case,
+    run_cases,
+    run_inference,
+)
 from support.tolerances import assert_no_worse_than_one_rank
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -23,33 +31,9 @@ MASKS = (
 LAYOUTS = ("contiguous", "zigzag", "striped")
 
 
-NAMES = ("out", "dq", "dk", "dv")
-LIMITS = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 1e-2}
-
-
-def check(ranks: RankPool, world_size: int, cases: list[Case]) -> None:
-    results = ranks.run(run_cases, tuple(cases), world_size=world_size)
-    for case, *by_rank in zip(cases, *results, strict=True):
-        needed = (True, *case.needs_grad)
-        for name, want, shards, is_needed in zip(
-            NAMES,
-            case.expected(),
-            zip(*by_rank, strict=True),
-            needed,
-            strict=True,
-        ):
-            if not is_needed:
-                assert all(x is None for x in shards), (case, name)
-                continue
-            got = join(case, shards)
-            assert got.dtype == case.dtype
-            error = (got.double() - want).abs().max() / want.abs().max()
-            assert error < LIMITS[case.dtype], (case, name, error)
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_every_mask_on_every_layout(ranks: RankPool, world_size: int) -> None:
-    check(
+    check_cases(
         ranks,
         world_size,
         [Case(m, layout, S) for m in MASKS for layout in LAYOUTS for S in (48, 37)],
@@ -61,7 +45,7 @@ def test_rows_without_a_key_give_what_the_user_wrote(
     ranks: RankPool, world_size: int
 ) -> None:
     masks = ("padding", "documents", "bidirectional padding")
-    check(
+    check_cases(
         ranks,
         world_size,
         [
@@ -86,7 +70,7 @@ def test_nan_rows_are_nan_and_only_they(ranks: RankPool, layout: str) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_heads_dtypes_and_stages(ranks: RankPool, world_size: int) -> None:
-    check(
+    check_cases(
         ranks,
         world_size,
         [
@@ -119,7 +103,7 @@ FROZEN = [
 
 
 def test_frozen_inputs_have_no_gradient_and_cost_no_hang(ranks: RankPool) -> None:
-    check(ranks, 3, [Case("causal", needs_grad=n) for n in FROZEN])
+    check_cases(ranks, 3, [Case("causal", needs_grad=n) for n in FROZEN])
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -143,7 +127,7 @@ def test_bfloat16_is_as_good_as_on_one_rank(ranks: RankPool, world_size: int) ->
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_patterns_are_data(ranks: RankPool, layout: str) -> None:
-    check(
+    check_cases(
         ranks,
         2,
         [
@@ -157,7 +141,7 @@ def test_patterns_are_data(ranks: RankPool, layout: str) -> None:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_rows_along_a_curve(ranks: RankPool, world_size: int) -> None:
-    check(
+    check_cases(
         ranks,
         world_size,
         [
@@ -205,7 +189,7 @@ def test_plain_operators_compute_every_tile(ranks: RankPool) -> None:
 
 
 def test_traced_by_aot_autograd(ranks: RankPool) -> None:
-    check(
+    check_cases(
         ranks,
         3,
         [
@@ -237,7 +221,7 @@ def test_traced_by_aot_autograd(ranks: RankPool) -> None:
     ],
 )
 def test_compiled_by_inductor(ranks: RankPool, case: Case) -> None:
-    check(ranks, 2, [case])
+    check_cases(ranks, 2, [case])
 
 
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])

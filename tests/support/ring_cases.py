@@ -23,6 +23,7 @@ from ringcompile.plan.stages import build_schedule
 from ringcompile.torch_private import compile_with_inductor
 from support import dense
 from support.compiling import compile_expanded
+from support.ranks import RankPool
 
 SCALE = 0.3
 
@@ -320,3 +321,27 @@ def join(
     assert side.length is not None
     order = [p for p in side.layout.permutation(side.length) if p < side.length]
     return torch.cat(found, 2)[:, :, torch.tensor(order).argsort()]
+
+
+NAMES = ("out", "dq", "dk", "dv")
+_LIMITS = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 1e-2}
+
+
+def check_cases(ranks: RankPool, world_size: int, cases: Sequence[Case]) -> None:
+    """Run cases on so many ranks, and compare each with the dense reference."""
+    results = ranks.run(run_cases, tuple(cases), world_size=world_size)
+    for case, *by_rank in zip(cases, *results, strict=True):
+        for name, want, shards, is_needed in zip(
+            NAMES,
+            case.expected(),
+            zip(*by_rank, strict=True),
+            (True, *case.needs_grad),
+            strict=True,
+        ):
+            if not is_needed:
+                assert all(x is None for x in shards), (case, name)
+                continue
+            got = join(case, shards)
+            assert got.dtype == case.dtype
+            error = (got.double() - want).abs().max() / want.abs().max()
+            assert error < _LIMITS[case.dtype], (case, name, error)
