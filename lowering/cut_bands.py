@@ -98,27 +98,16 @@ def _find_band(keeps: Boolean, q: Strip, kv: Strip) -> Band | None:
     decision = find_coverage(keeps, q.span, kv.span)
     if decision.coverage is Coverage.EMPTY:
         return Band(0, -1)
-    stride = q.span.stride
-    is_run = q.order is None and kv.order is None and stride == kv.span.stride
+    is_run = q.order is None and kv.order is None and q.span.stride == kv.span.stride
     if decision.undecided and not is_run:
         return None
-    starts = q.span.start[1], kv.span.start[1]
-    apart = starts[0] - starts[1]
     edges: dict[int, list[_Edge]] = {1: [], -1: []}  # of i - j from below, of j - i
     for atom in decision.undecided:
-        if not isinstance(atom, sympy.Ge):
+        found = _read_edge(atom, q, kv)
+        if found is None:
             return None
-        terms, constant = split_terms(atom.lhs)
-        step = _find_step(terms)
-        is_aligned = stride == 1 and not any(
-            n % step for n in (*starts, q.count[1], kv.count[1])
-        )
-        if step == 0 or (step > 1 and not is_aligned):
-            return None
-        sign = 1 if any(Q in t.free_symbols and n > 0 for t, n in terms.items()) else -1
-        # Of rows i and j, for q - k + constant >= 0 and its mirror image.
-        least = -((step * constant + sign * apart) // stride)
-        edges[sign].append(_Edge(least, step))
+        sign, edge = found
+        edges[sign].append(edge)
     lower, upper = (_join_edges(edges[sign]) for sign in (1, -1))
     if lower is None or upper is None:
         return None
@@ -128,6 +117,24 @@ def _find_band(keeps: Boolean, q: Strip, kv: Strip) -> Band | None:
     band = Band(lower.least, most, lower.step, upper.step)
     # Stairs reach further than their diagonals: such may leave pairs between them.
     return None if has_stairs and band.width <= 0 else band
+
+
+def _read_edge(atom: Boolean, q: Strip, kv: Strip) -> "tuple[int, _Edge] | None":
+    """An edge of ``i - j`` (sign 1) or of ``j - i`` (-1); None: it is no edge."""
+    if not isinstance(atom, sympy.Ge):
+        return None
+    terms, constant = split_terms(atom.lhs)
+    step, stride = _find_step(terms), q.span.stride
+    if step is None:
+        return None
+    starts = q.span.start[1], kv.span.start[1]
+    sizes = (*starts, q.count[1], kv.count[1])
+    if step > 1 and (stride > 1 or any(n % step for n in sizes)):
+        return None
+    sign = 1 if any(Q in t.free_symbols and n > 0 for t, n in terms.items()) else -1
+    # Of rows i and j, for q - k + constant >= 0 and its mirror image.
+    apart = sign * (starts[0] - starts[1])
+    return sign, _Edge(-((step * constant + apart) // stride), step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,15 +159,16 @@ class _Edge:
         return False
 
 
-def _find_step(terms: Mapping[sympy.Basic, int]) -> int:
-    """1 of ``q - k`` or ``k - q``, n of that of their blocks of n; 0 of others."""
+def _find_step(terms: Mapping[sympy.Basic, int]) -> int | None:
+    """1 of ``q - k`` or ``k - q``, n of that of their blocks of n; None of others."""
     if terms in ({Q: 1, K: -1}, {Q: -1, K: 1}):
         return 1
     floors = [split_floor(t) for t in terms if isinstance(t, sympy.floor)]
     if len(floors) != len(terms) or {x for x, _ in floors} != {Q, K}:
-        return 0
+        return None
     steps = {n for _, n in floors}
-    return steps.pop() if len(steps) == 1 and set(terms.values()) == {1, -1} else 0
+    is_one = len(steps) == 1 and set(terms.values()) == {1, -1}
+    return steps.pop() if is_one else None
 
 
 def _join_edges(edges: Sequence[_Edge]) -> _Edge | None:

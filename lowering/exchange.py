@@ -59,7 +59,10 @@ class _Trade(torch.autograd.Function):
         *xs: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.plan, ctx.kind = plan, _TRANSPOSES[kind]
-        return tuple(ops.EXCHANGE(xs, kind=kind, plan=plan))
+        traded = tuple(ops.EXCHANGE(xs, kind=kind, plan=plan))
+        needed = zip(traded, ctx.needs_input_grad[2:], strict=True)
+        ctx.mark_non_differentiable(*(x for x, need in needed if not need))
+        return traded
 
     @staticmethod
     @once_differentiable

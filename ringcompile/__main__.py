@@ -52,10 +52,14 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_explain(commands.add_parser("explain", help=_explain.__doc__))
     for name, command in (("plan", _plan), ("simulate", _simulate)):
         question = commands.add_parser(name, help=command.__doc__)
+        question.set_defaults(ulysses=1)
         _add_question(question, command)
         if command is _plan:
             question.add_argument(
                 "--picture", action="store_true", help="draw the mask too"
+            )
+            question.add_argument(
+                "--ulysses", type=_count, default=1, help="so many ranks deal out heads"
             )
     doctor = commands.add_parser("doctor", help=_doctor.__doc__)
     doctor.set_defaults(command=_doctor)
@@ -146,9 +150,6 @@ def _add_question(
     parser.add_argument("--kv-heads", type=_count, default=kv_heads)
     parser.add_argument("--head-size", type=_count, default=features)
     parser.add_argument("--stages", type=_count, help="group the steps into so many")
-    parser.add_argument(
-        "--ulysses", type=_count, default=1, help="so many ranks deal out heads"
-    )
     parser.add_argument(
         "--machine",
         choices=("cpu", "h200"),

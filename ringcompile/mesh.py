@@ -106,6 +106,18 @@ def _find_mesh_group(mesh: DeviceMesh) -> dist.ProcessGroup:
         raise _not_a_member(f"mesh {mesh!r}")
     if mesh.ndim == 1:
         return mesh.get_group()
+    order = mesh.mesh.flatten().tolist()
+    if order != sorted(order):
+        raise OptionError(
+            f"mesh={mesh!r}",
+            at="options",
+            because="the ranks of a process group are in ascending order, and here"
+            f" they are {order}: others than those of the mesh would deal out heads",
+            instead='init_device_mesh(..., mesh_dim_names=("ring", "ulysses"))',
+        )
+    world = dist.group.WORLD
+    if world is not None and world.size() == len(order):
+        return world
     return mesh._flatten().get_group()  # noqa: SLF001 - torch's tutorials call it so
 
 

@@ -332,8 +332,9 @@ MaskMod = Callable[..., Tensor]
 class BlockLists(NamedTuple):
     """Of each row of blocks of 128 pairs which columns, and of each column which rows.
 
-    All int32; numbers are ``(1, 1, rows)``, which ones ``(1, 1, rows, columns)`` with
-    those that count first; of queries, with rows and columns exchanged.
+    All int32; numbers are ``(B or 1, H or 1, rows)``, which ones ``(..., rows, n)``
+    with those that count first, n the longest list or more, the same for ``partial``
+    and ``full``; of queries, with rows and columns exchanged.
 
     Attributes:
         num_partial: how many are under the mask.

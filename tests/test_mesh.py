@@ -2,7 +2,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ringcompile.errors import OptionError
@@ -51,6 +51,13 @@ def test_other_2d_meshes_are_refused(names: tuple[str, str] | None) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
     way_out = "a 1-D mesh" if names is None else rf"mesh\['{names[1]}'\]"
     with pytest.raises(OptionError, match=f"(?s)ring and ulysses.*{way_out}"):
+        find_ranks(mesh)
+
+
+@pytest.mark.usefixtures("rank_1_of_4")
+def test_ranks_in_another_order_are_refused() -> None:
+    mesh = DeviceMesh("cpu", [[0, 2], [1, 3]], mesh_dim_names=("ring", "ulysses"))
+    with pytest.raises(OptionError, match=r"here they are \[0, 2, 1, 3\]"):
         find_ranks(mesh)
 
 

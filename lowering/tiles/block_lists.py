@@ -159,7 +159,10 @@ def _mark(keeps: Boolean, q: tuple[int, ...], k: tuple[int, ...]) -> Tensor:
 
 
 def _mark_by_tables(keeps: Boolean, q: tuple[int, ...], k: tuple[int, ...]) -> Tensor:
-    """All blocks at once: boxes of several are never decided by a table."""
+    """All blocks at once, since no box of several is decided by a table.
+
+    A block that is not decided by ranges of what it compares is under the mask.
+    """
     none = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
     at = (
         none,
@@ -199,6 +202,10 @@ def _look_at(keeps: Boolean, q: Tensor, k: Tensor) -> Tensor:
     return found + ((must | ~exists).flatten(1).all(1) & (found > 0))
 
 
+_Lists = tuple[Tensor, Tensor, Tensor, Tensor]
+"""How many blocks under the mask each row has, which, and the same of full ones."""
+
+
 @lru_cache(maxsize=256)
 def _make_lists(text: str) -> tuple[Tensor, ...]:
     """Of each row of blocks which columns, then of each column which rows."""
@@ -207,17 +214,21 @@ def _make_lists(text: str) -> tuple[Tensor, ...]:
         positions = spec.q.positions(), spec.k.positions()
         marks = mark_blocks(spec.mask.keeps, spec.num_heads, *positions)[None]
         lists = list_blocks(marks == _FULL, marks != _EMPTY)
-        pairs = zip(lists[::2], lists[1::2], strict=True)
-        return tuple(
-            prepare_upload(x)
-            for counts, indices in pairs
-            for x in (counts, _narrow(indices, int(counts.max())))
-        )
+        by_direction = _narrow(*lists[:4]), _narrow(*lists[4:])
+        return tuple(prepare_upload(x) for found in by_direction for x in found)
 
 
-def _narrow(indices: Tensor, longest: int) -> Tensor:
-    """Without what lies behind the longest list: heads of their own make many lists."""
-    return indices[..., : max(1, longest)].contiguous()
+def _narrow(some: Tensor, some_at: Tensor, full: Tensor, full_at: Tensor) -> _Lists:
+    """Without what lies behind the longest list: heads of their own make many lists.
+
+    Kernels may read both with the strides of one, so they stay of one width; and that
+    for a single row of blocks splits it by numbers of blocks, so that one stays whole.
+    """
+    if some.shape[-1] == 1:
+        return some, some_at, full, full_at
+    width = max(1, int(some.max()), int(full.max()))
+    some_at, full_at = (x[..., :width].contiguous() for x in (some_at, full_at))
+    return some, some_at, full, full_at
 
 
 def _block_lists(text: str, *, device: torch.device) -> list[Tensor]:

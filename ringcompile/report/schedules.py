@@ -20,6 +20,8 @@ def read_steps(
 ) -> Iterator[StepReport]:
     """Yield what each step of a schedule moves; the first needs no hop and is left out.
 
+    So is what ranks trade that deal out heads: it is no step's.
+
     Args:
         schedule: what all ranks do.
         kv_bytes: of one row of K and V, all batches and KV heads together.

@@ -155,6 +155,10 @@ MASKS = {
     "dilated, both sides": conjunction(window(left=12, right=9), _every(3)),
     "window of blocks": _blocks(1, 1),
     "causal window of blocks": conjunction(causal(), _blocks(2, 2)),
+    "sums": conjunction(causal(), at_least_zero(Q + K - 10)),
+    "half": at_least_zero(Q - 2 * K),
+    "unlike blocks": at_least_zero(sympy.floor(Q / 8) - sympy.floor(K / 4)),
+    "blocks and rows": at_least_zero(sympy.floor(Q / 8) - K),
     "blocks behind an edge": conjunction(_blocks(3, 0), window(left=-2)),
     "blocks before an edge": conjunction(_blocks(3, 0), window(left=5)),
 }
@@ -199,7 +203,7 @@ def test_calls_of_all_tiles_are_the_mask(
     zero = torch.zeros((), dtype=torch.int64)
     want = evaluate(keeps, (zero, zero, at[:, None], at), ())
     assert torch.equal(total, want.expand(length, length).long())
-    is_cut = layout != "hilbert" and "window" in mask
+    is_cut = layout != "hilbert" and ("window" in mask or "edge" in mask)
     if "blocks" in mask:  # chunks are whole ones
         is_cut &= layout == "contiguous" and length % (4 * cp_size) == 0
     assert cut_some or not is_cut

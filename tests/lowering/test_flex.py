@@ -168,6 +168,21 @@ def test_lists_hold_each_block_that_may_count(name: str, layout: str) -> None:
             assert any(listed) or not any(counts), (ranks, h, i, j)
 
 
+@pytest.mark.parametrize("length", [100, 640])
+def test_lists_of_a_direction_have_one_width_and_those_of_one_row_all_columns(
+    length: int,
+) -> None:
+    """Kernels read full blocks by strides of the others, and split one row by number."""
+    layout = Layout("contiguous", 1)
+    q, k = (SomeRows(layout, 640, 0, ((0, n),)) for n in (length, 640))
+    spec = ListSpec(Mask(TABLES["random blocks"]), 4, q, k)
+    lists = ops.BLOCK_LISTS(str(spec), device=torch.device("cpu"))
+    some, full, some_of_keys, full_of_keys = (x.shape[-1] for x in lists[1::2])
+    assert some == full
+    assert some_of_keys == full_of_keys
+    assert some == 5 if length < BLOCK else some < 5
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_blocks_of_a_table_that_kernels_share_are_known(name: str) -> None:
     keeps, length, num_heads = TABLES[name], 640, 4
