@@ -54,5 +54,5 @@ def test_what_is_checkpointed_is_so_though_the_same_ops_were_compiled_before(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    whole, few, again = map(count_saved, (plain, checkpointed, plain))
-    assert few < whole == again
+    whole, few = map(count_saved, (plain, checkpointed))
+    assert few < whole

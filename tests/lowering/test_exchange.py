@@ -71,6 +71,7 @@ def test_written_out_in_graphs(ranks: RankPool) -> None:
     check_cases(ranks, 4, [case, replace(case, any_length=True), some])
 
 
+@pytest.mark.slow
 def test_inductor_lowers_it(ranks: RankPool) -> None:
     case = make_case("causal", "zigzag", 2)
     check_cases(ranks, 2, [replace(case, compile="inductor", dtype=torch.bfloat16)])

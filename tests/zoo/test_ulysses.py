@@ -36,9 +36,9 @@ class Cell:
 CI_CELLS = (
     Cell("llama", (2, 2), dealt=2),
     Cell("bert padded", (1, 4), dealt=4),
-    Cell("llama", (2, 2), dealt=1, layout="striped"),  # neighbours' shards are none
 )
 CELLS = (
+    Cell("llama", (2, 2), dealt=1, layout="striped"),  # neighbours' shards are none
     Cell("llama", (2, 2), dealt=2, layout="contiguous"),
     Cell("llama packed", (2, 2), dealt=2),
     Cell("llama", (1, 4), dealt=1),  # 2 KV heads
