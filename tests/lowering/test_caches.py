@@ -50,6 +50,7 @@ def count_saved(function: Callable[[Tensor], Tensor]) -> int:
     return sum(saved.values())
 
 
+@pytest.mark.slow
 def test_what_is_checkpointed_is_so_though_the_same_ops_were_compiled_before(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -77,6 +77,19 @@ def test_caches_know_our_pass_but_not_an_anonymous_one() -> None:
     assert pass_uuid(joint_pass(both)) not in {"", pass_uuid(ours)}
 
 
+def test_caches_know_which_nodes_are_checkpointed_and_together() -> None:
+    """Two checkpoints may have the ops of one; see test_caches.py for what it saves."""
+    uuids = set()
+    for regions in ({}, {0: 7, 1: 7}, {0: 8, 1: 8}, {0: 7, 1: 8}, {0: 7}):
+        graph = joint_graph()
+        for n, node in enumerate(graph.nodes):
+            if n in regions:
+                node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+                node.meta["ac_graph_id"] = regions[n]
+        uuids.add(pass_uuid(joint_pass(inductor_patches({}, graph))))
+    assert len(uuids) == 4  # how a region is numbered says nothing
+
+
 def test_sources_are_all_that_give_a_plan_its_meaning() -> None:
     names = {f.name for f in inductor.source_files()}
     assert {"ring.py", "process_group.py", "ops.py", "schedule.py"} <= names
