@@ -82,6 +82,7 @@ def exchange(xs: Sequence[Tensor], *, kind: int, plan: str) -> list[Tensor]:
     ulysses, hops = record.schedule.ulysses, Hops(record)
     size, mine = ulysses.size, record.member
     take = _take_heads if what.is_to_heads else _take_rows
+    own = tuple(take(x, mine, ulysses) for x in xs)
     flights = {}
     for shift in range(1, size):
         dst, src = (mine + shift) % size, (mine - shift) % size
@@ -90,10 +91,10 @@ def exchange(xs: Sequence[Tensor], *, kind: int, plan: str) -> list[Tensor]:
             [take(x, dst, ulysses) for x in xs],
             dst=record.find_peer(member=dst),
             src=record.find_peer(member=src),
-            rows=take(xs[0], mine, ulysses).shape[2],
+            rows=own[0].shape[2],
         )
     arrived = {src: hops.land(flight) for src, flight in flights.items()}
-    arrived[mine] = tuple(take(x, mine, ulysses) for x in xs)
+    arrived[mine] = own
     parts = zip(*(arrived[member] for member in range(size)), strict=True)
     join = _join_rows if what.is_to_heads else _join_heads
     return [join(of_members, ulysses) for of_members in parts]

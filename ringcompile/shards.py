@@ -29,7 +29,7 @@ def shard(
     Args:
         tensor: the whole tensor, equal on all ranks.
         dim: the sequence.
-        mesh: 1-D ``DeviceMesh``, a process group, or None for the default group.
+        mesh: as the option ``mesh``; None for the default group.
         layout: ``contiguous``, ``zigzag``, ``striped`` or ``hilbert``.
         segment: of ``hilbert``, tokens in a segment: the largest of the pattern's, if
             it has some, as compiled graphs have it.

@@ -19,7 +19,7 @@ class RingAttention(nn.Module):
     Args:
         preset: which system.
         config: what it is made from.
-        mesh: 1-D ``DeviceMesh``, process group, or None for the default group.
+        mesh: as the option ``mesh``; None for the default group.
         layer: number of the layer that it is for.
         reason: why it was chosen.
     """

@@ -20,7 +20,7 @@ def create_ring_attention(
     Args:
         preset: a name of ``presets()``, a class name of the original, or ``"auto"``.
         config: None for the defaults.
-        mesh: 1-D ``DeviceMesh``, process group, or None for the default group.
+        mesh: as the option ``mesh``; None for the default group.
         layer: number of the layer that it is for; ``checkpoint_frequency`` counts them.
 
     Returns:

@@ -39,7 +39,7 @@ class MultiheadRingAttention(nn.MultiheadAttention):
         dtype: of the parameters.
         attention: a pattern, a preset's name or ``"exact"``.
         config: what a preset is made from.
-        mesh: 1-D ``DeviceMesh``, process group, or None for the default group.
+        mesh: as the option ``mesh``; None for the default group.
         layer: number of the layer that it is for.
     """
 
