@@ -17,6 +17,7 @@ class Call(Piece):
         classes: rows are dealt out to so many classes by turns, and meet those of their
             class alone; runs and gaps count rows of one class.
         heads: query heads that take part; None for all.
+        mask: of a call under a mask that is not the part's, as text.
     """
 
     groups: int = 1
@@ -24,6 +25,7 @@ class Call(Piece):
     is_upper: bool = False
     classes: int = 1
     heads: tuple[int, int] | None = None
+    mask: str | None = None
 
     @property
     def runs(self) -> tuple[int, int]:

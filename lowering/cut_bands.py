@@ -63,7 +63,7 @@ def cut_window(
     ranks: tuple[int, int],
     *,
     least_width: int,
-) -> tuple[Piece, ...]:
+) -> tuple[Call, ...] | None:
     """A piece under a mask as calls without one, if the mask keeps a wide band.
 
     Args:
@@ -74,7 +74,7 @@ def cut_window(
         least_width: rows of a band below which the piece stays.
 
     Returns:
-        The calls, or the piece as it is.
+        The calls; None: it is no such band.
     """
     q_strips, kv_strips = (
         find_parts(side, rank, of.resolve(side.chunk or 0))
@@ -84,13 +84,13 @@ def cut_window(
     for q, kv in product(q_strips, kv_strips):
         found = _find_classes(keeps, q, kv)
         if found is None or 0 < found[0].width < least_width:
-            return (piece,)
+            return None
         band, n = found
         calls += (
             _move(call, q.row[1], kv.row[1], n)
             for call in cut_band(band, q.count[1] // n, kv.count[1] // n)
         )
-    return tuple(calls) if len(calls) <= _MOST_CALLS else (piece,)
+    return tuple(calls) if len(calls) <= _MOST_CALLS else None
 
 
 def _find_band(keeps: Boolean, q: Strip, kv: Strip) -> Band | None:
@@ -228,11 +228,14 @@ def cut_band(band: Band, num_q: int, num_kv: int) -> list[Call]:
         return []
     lower: list[Call] = []
     upper: list[Call] = []
-    for top in range(max(band.least, 0), min(num_q, band.most + num_kv), width):
+    # Runs one row shorter than the window would do as well: the even one of both fits
+    # blocks of kernels, where one does.
+    run = max(1, width - width % 2)
+    for top in range(max(band.least, 0), min(num_q, band.most + num_kv), run):
         # Of keys from ``top - most`` on the rows see those from the diagonal on, of
         # keys from ``top - least`` on those up to it.
         size = (num_q - top, num_kv)
-        lower += _cut_triangle(width, top, top - band.least, *size, is_upper=False)
+        lower += _cut_triangle(run, top, top - band.least, *size, is_upper=False)
         upper += _cut_triangle(width - 1, top, top - band.most, *size, is_upper=True)
     stairs = (_cut_stair(band, num_q, num_kv, is_upper=side) for side in (False, True))
     return [call for calls in (lower, upper, *stairs) for call in join_calls(calls)]

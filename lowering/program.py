@@ -4,7 +4,7 @@ What differs between plans is decided here, as data; the ring loop only walks it
 Invariant: both ends of a hop count the same rows.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import cast
@@ -16,7 +16,9 @@ from ringcompile.ir.attention import RankPlan
 from ringcompile.ir.layout import Side
 from ringcompile.ir.schedule import Kernel, Part, Piece, Rows, Selection, Step, Tile
 from ringcompile.ir.text import format_mask, parse_plan
-from ringcompile.lowering.cut_bands import LEAST_WINDOW, cut_window
+from ringcompile.lowering.calls import Call
+from ringcompile.lowering.cut_bands import LEAST_WINDOW
+from ringcompile.lowering.cut_masks import cut_masked
 from ringcompile.lowering.cut_selected import Compact, cut_selected
 from ringcompile.lowering.hops import Phase, Tag
 from ringcompile.lowering.orders import find_positions
@@ -90,6 +92,10 @@ class PartProgram:
     def tiles(self) -> Iterator[TileProgram]:
         """All steps in order."""
         return (tile for stage in self.stages for tile in stage)
+
+    def mask_of(self, piece: Piece) -> str:
+        """Which pairs of a piece count, as text."""
+        return (piece.mask if isinstance(piece, Call) else None) or self.mask
 
     def pack(self, rows: RowSet | None, values: Values) -> Values:
         """``values`` of ``rows`` as they travel; of None there are none."""
@@ -188,7 +194,9 @@ def build_program(
         queries = _find_queries(part, frame)
         stages = []
         for stage in part.stages:
-            tiles = (_build_tile(step, part, queries, frame) for step in stage)
+            tiles = (
+                _build_tile(step, part, queries, q.shape[1], frame) for step in stage
+            )
             stages.append(
                 tuple(replace(t, number=n) for n, t in enumerate(tiles, number))
             )
@@ -213,7 +221,9 @@ def _chunk_size(plan: RankPlan, side: Side, rows: Size) -> Size:
     return side.layout.chunk_size(side.length)
 
 
-def _build_tile(step: Step, part: Part, queries: RowSet, frame: Frame) -> TileProgram:
+def _build_tile(
+    step: Step, part: Part, queries: RowSet, num_heads: int, frame: Frame
+) -> TileProgram:
     rank, cp_size = frame.plan.rank, frame.plan.schedule.cp_size
     owner, reader = (rank - step.shift) % cp_size, (rank + step.shift) % cp_size
     mine = step.tiles[rank]
@@ -221,11 +231,13 @@ def _build_tile(step: Step, part: Part, queries: RowSet, frame: Frame) -> TilePr
     pieces: tuple[Piece, ...] = ()
     if reads is not None and part.selection is not None:
         pieces = _cut_selected(part, part.selection, frame, owner)
-    elif isinstance(reads, Span):
-        first, cut = reads.rows.start, _cut_pieces(part, mine, frame, owner)
-        pieces = tuple(replace(p, kv=shift(p.kv, first)) for p in cut)
     elif reads is not None:
-        pieces = _close_up(mine, cast("int", frame.kv_chunk))
+        cut = _cut_pieces(part, mine, num_heads, frame, owner)
+        if isinstance(reads, Span):
+            first = reads.rows.start
+            pieces = tuple(replace(p, kv=shift(p.kv, first)) for p in cut)
+        else:
+            pieces = _close_up(cut, mine.needs, cast("int", frame.kv_chunk))
     return TileProgram(
         is_own=step.shift == 0,
         number=0,
@@ -239,8 +251,10 @@ def _build_tile(step: Step, part: Part, queries: RowSet, frame: Frame) -> TilePr
     )
 
 
-def _cut_pieces(part: Part, tile: Tile, frame: Frame, owner: int) -> Iterator[Piece]:
-    """The pieces, those of wide windows as calls of kernels without a mask."""
+def _cut_pieces(
+    part: Part, tile: Tile, num_heads: int, frame: Frame, owner: int
+) -> Iterator[Piece]:
+    """The pieces, what of them needs no mask as calls without one."""
     plan = frame.plan
     sides = plan.schedule.q_side, plan.schedule.kv_side
     may_cut = (
@@ -254,31 +268,34 @@ def _cut_pieces(part: Part, tile: Tile, frame: Frame, owner: int) -> Iterator[Pi
             yield piece
             continue
         with outside_tracing():  # tables of a mask are tensors
-            calls = cut_window(
-                *(piece, part.mask.keeps, sides, (plan.rank, owner)),
+            calls = cut_masked(
+                *(piece, part.mask, num_heads, sides, (plan.rank, owner)),
                 least_width=LEAST_WINDOW[frame.device.type == "cuda"],
             )
         yield from calls
 
 
-def _close_up(tile: Tile, chunk: int) -> tuple[Piece, ...]:
-    """The pieces over the needed rows laid end to end; those that then touch join."""
-    runs = [run.resolve(chunk) for run in tile.needs]
+def _close_up(
+    pieces: Iterable[Piece], needs: Sequence[Rows], chunk: int
+) -> tuple[Piece, ...]:
+    """Pieces over the needed rows laid end to end; those that then touch join."""
+    runs = [run.resolve(chunk) for run in needs]
 
     def count_before(row: int) -> int:
         return sum(min(max(row - start, 0), stop - start) for start, stop in runs)
 
-    pieces: list[Piece] = []
-    for piece in sorted(tile.pieces, key=lambda p: p.kv.resolve(chunk)):
+    closed: list[Piece] = []
+    for piece in sorted(pieces, key=lambda p: p.kv.resolve(chunk)):
         start, stop = map(count_before, piece.kv.resolve(chunk))
-        for n, other in enumerate(pieces):
+        for n, other in enumerate(closed):
             touches = other.q == piece.q and other.kv.stop == (0, start)
-            if touches and other.kernel is piece.kernel is not Kernel.CAUSAL:
+            alike = type(other) is type(piece) is Piece and other.kernel is piece.kernel
+            if touches and alike and piece.kernel is not Kernel.CAUSAL:
                 start = other.kv.start[1]
-                del pieces[n]
+                del closed[n]
                 break
-        pieces.append(replace(piece, kv=Rows((0, start), (0, stop))))
-    return tuple(pieces)
+        closed.append(replace(piece, kv=Rows((0, start), (0, stop))))
+    return tuple(closed)
 
 
 def _find_queries(part: Part, frame: Frame) -> RowSet:

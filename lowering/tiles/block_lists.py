@@ -33,7 +33,7 @@ from ringcompile.torch_private import outside_tracing
 
 BLOCK = 128
 _BLOCKS_AT_ONCE, _MOST_LOOKED_AT = 64, 4096
-_EMPTY, _SOME, _FULL = 0, 1, 2
+EMPTY, SOME, FULL = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class ListSpec:
 def mark_blocks(
     keeps: Boolean, num_heads: int, q: tuple[int, ...], k: tuple[int, ...]
 ) -> Tensor:
-    """0 for empty blocks, 1 for those under the mask, 2 for full ones.
+    """``EMPTY`` blocks, those that the mask decides (``SOME``), and ``FULL`` ones.
 
     Args:
         keeps: the mask.
@@ -119,19 +119,20 @@ def mark_blocks(
         int8 ``(H, rows, columns)``; one head if all are alike.
     """
     if H not in keeps.free_symbols:
-        return _mark(keeps, q, k)[None]
-    heads = (keeps.xreplace({H: sympy.Integer(h)}) for h in range(num_heads))
-    marks = torch.stack([_mark(head, q, k) for head in heads])
+        num_heads = 1
+    if find_tables(keeps) and B not in keeps.free_symbols:
+        marks = _mark_by_tables(keeps, num_heads, q, k)
+    else:
+        heads = (keeps.xreplace({H: sympy.Integer(h)}) for h in range(num_heads))
+        marks = torch.stack([_mark(head, q, k) for head in heads])
     return marks[:1] if bool((marks == marks[:1]).all()) else marks
 
 
 @lru_cache(maxsize=256)
 def _mark(keeps: Boolean, q: tuple[int, ...], k: tuple[int, ...]) -> Tensor:
     """Of one head."""
-    if find_tables(keeps) and B not in keeps.free_symbols:
-        return _mark_by_tables(keeps, q, k)
     rows, columns = (_cut(x) for x in (q, k))
-    marks = torch.full((len(rows), len(columns)), _EMPTY, dtype=torch.int8)
+    marks = torch.full((len(rows), len(columns)), EMPTY, dtype=torch.int8)
     undecided: list[tuple[int, int]] = []
     boxes = [(0, len(rows), 0, len(columns))]
     while boxes:
@@ -140,7 +141,7 @@ def _mark(keeps: Boolean, q: tuple[int, ...], k: tuple[int, ...]) -> Tensor:
         coverage = find_coverage(keeps, *spans).coverage
         height, width = bottom - top, right - left
         if coverage is Coverage.FULL:
-            marks[top:bottom, left:right] = _FULL
+            marks[top:bottom, left:right] = FULL
         elif coverage is Coverage.PARTIAL and height == width == 1:
             undecided.append((top, left))
         elif coverage is Coverage.PARTIAL and height >= width:
@@ -150,7 +151,7 @@ def _mark(keeps: Boolean, q: tuple[int, ...], k: tuple[int, ...]) -> Tensor:
             middle = left + width // 2
             boxes += [(top, bottom, left, middle), (top, bottom, middle, right)]
     if len(undecided) > _MOST_LOOKED_AT:  # a mask all over: that is never wrong
-        marks[torch.tensor(undecided).unbind(1)] = _SOME
+        marks[torch.tensor(undecided).unbind(1)] = SOME
         undecided = []
     for start in range(0, len(undecided), _BLOCKS_AT_ONCE):
         some = torch.tensor(undecided[start : start + _BLOCKS_AT_ONCE]).unbind(1)
@@ -158,21 +159,24 @@ def _mark(keeps: Boolean, q: tuple[int, ...], k: tuple[int, ...]) -> Tensor:
     return marks
 
 
-def _mark_by_tables(keeps: Boolean, q: tuple[int, ...], k: tuple[int, ...]) -> Tensor:
-    """All blocks at once, since no box of several is decided by a table.
+@lru_cache(maxsize=64)
+def _mark_by_tables(
+    keeps: Boolean, num_heads: int, q: tuple[int, ...], k: tuple[int, ...]
+) -> Tensor:
+    """All blocks of all heads at once, since no box is decided by a table.
 
     A block that is not decided by ranges of what it compares is under the mask.
     """
-    none = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
     at = (
-        none,
-        none,
+        torch.zeros(1, 1, 1, 1, dtype=torch.int64),
+        torch.arange(num_heads).view(1, -1, 1, 1),
         torch.tensor(q).view(1, 1, -1, 1),
         torch.tensor(k).view(1, 1, 1, -1),
     )
     tables = [table_values(name) for name in find_tables(keeps)]
     must, may = find_blocks(spell_tables(keeps, 0), Pairs(at, tables, BLOCK))
-    return must[0, 0].to(torch.int8) + may[0, 0]
+    found = must[0].to(torch.int8) + may[0]
+    return found.expand(num_heads, -1, -1)
 
 
 def _cut(positions: tuple[int, ...]) -> Tensor:
@@ -213,7 +217,7 @@ def _make_lists(text: str) -> tuple[Tensor, ...]:
     with outside_tracing():
         positions = spec.q.positions(), spec.k.positions()
         marks = mark_blocks(spec.mask.keeps, spec.num_heads, *positions)[None]
-        lists = list_blocks(marks == _FULL, marks != _EMPTY)
+        lists = list_blocks(marks == FULL, marks != EMPTY)
         by_direction = _narrow(*lists[:4]), _narrow(*lists[4:])
         return tuple(prepare_upload(x) for found in by_direction for x in found)
 

@@ -149,7 +149,7 @@ def _build_masking(
 ) -> _Masking:
     """``sizes``: how many batches and heads there are."""
     q_pos, k_pos = (x[0] for x in positions)
-    mask = parse_mask(part.mask)
+    mask = parse_mask(part.mask_of(piece))
     schedule = part.frame.plan.schedule
     b, h = (_count_up(size, q_pos.device) for size in sizes)
     q_at, k_at = q_pos.view(1, 1, -1, 1), k_pos.view(1, 1, 1, -1)

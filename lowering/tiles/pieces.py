@@ -44,7 +44,7 @@ def attend_piece(
         return flex.attend(part, tile, piece, (q, k, v), positions)
     out, lse = ops.MASKED_ATTENTION(
         *(q, k, v, *_positions(part, tile, piece), *_read(part, piece)),
-        mask=part.mask,
+        mask=part.mask_of(piece),
         scale=scale,
         block_order=part.frame.plan.block_order,
         **_options(part),
@@ -91,7 +91,7 @@ def piece_gradients(
     positions = _positions(part, tile, piece)
     dq, dk, dv, *d_biases = ops.MASKED_ATTENTION_BACKWARD(
         *(*tensors, *positions, *_read(part, piece)),
-        mask=part.mask,
+        mask=part.mask_of(piece),
         scale=scale,
         block_order=part.frame.plan.block_order,
         learned=[n for n, bias in enumerate(part.biases) if bias.is_learned],

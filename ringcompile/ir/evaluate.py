@@ -157,8 +157,11 @@ def _read_table(name: str, at: Sequence[_Value]) -> Tensor:
 @lru_cache(maxsize=64)
 def table_values(name: str, device: torch.device = _CPU) -> Tensor:
     """Flags ``(heads or 1, nb, nb)``; of random blocks, those picked ``(H, nb, n)``."""
-    if device != _CPU:
-        return table_values(name, _CPU).to(device)
+    return _make_table(name).to(device)
+
+
+@lru_cache(maxsize=64)
+def _make_table(name: str) -> Tensor:
     recipe = parse_table(name)
     if isinstance(recipe, RandomBlocks):
         return _pick_blocks(recipe)
@@ -176,13 +179,14 @@ def _pick_blocks(recipe: RandomBlocks) -> Tensor:
         is_open = ~evaluate(taken, (j[:1], h, i, j))
         if recipe.is_causal:
             is_open = is_open & (j <= i)
-        # Signed order after the flip is the unsigned order of the hashes.
+        # Signed order after the flip is the unsigned order of the hashes, of which no
+        # two are equal.
         order = splitmix64(recipe.seed ^ h << 42 ^ i << 21 ^ j) ^ _SIGN_BIT
-        by_hash = order.argsort(dim=-1, stable=True)
-        is_open = is_open.expand_as(order).gather(-1, by_hash)
-        first = (~is_open).long().argsort(dim=-1, stable=True)[..., : recipe.count]
-        picked = by_hash.gather(-1, first)
-        rows.append(picked.where(is_open.gather(-1, first), -1))
+        order = order.where(is_open, torch.iinfo(torch.int64).max)
+        count = min(recipe.count, recipe.num_blocks)
+        picked = order.topk(count, dim=-1, largest=False).indices
+        is_open = is_open.expand_as(order).gather(-1, picked)
+        rows.append(picked.where(is_open, -1))
     return torch.cat(rows, 1)
 
 

@@ -19,6 +19,8 @@ from ringcompile.ir.mask import EmptyRow, Mask
 from ringcompile.ir.schedule import MixedParts, Mixing, Selection, Ulysses
 from ringcompile.ir.text import format_plan
 from ringcompile.lowering.inductor import inductor_patches
+from ringcompile.patterns import BigBird
+from ringcompile.patterns.base import AttentionSpec
 from ringcompile.plan.stages import build_schedule
 from ringcompile.torch_private import compile_with_inductor
 from support import dense
@@ -185,6 +187,13 @@ def _global_local(_case: Case) -> Parts:
     return [(Mask(m.disjunction(near, first)), None)]
 
 
+def _big_bird(case: Case) -> Parts:
+    """SEMANTICS.md section 3, blocks of 64 tokens, causal."""
+    H, G, *_ = case.heads
+    keeps = BigBird(5, 2, 1).keeps(AttentionSpec(H, G, case.length, is_causal=True))
+    return [(Mask(keeps & m.causal()), None)]
+
+
 def _plain(keeps: Boolean) -> Callable[[Case], Parts]:
     return lambda _case: [(Mask(keeps), None)]
 
@@ -206,6 +215,10 @@ MASKS: dict[str, Callable[[Case], Parts]] = {
     "local window": _local_window,
     "wide blocks": _wide_blocks,
     "global local": _global_local,
+    "big bird": _big_bird,
+    "window and first": _plain(
+        m.causal() & m.disjunction(m.window(70), m.at_least_zero(19 - m.K))
+    ),
 }
 
 
