@@ -162,17 +162,16 @@ def _share_of(pattern: p.LongNet | p.MaskPattern, total: int) -> float:
 def _list_peers(total: int) -> dict[str, tuple[Peer, Callable[[], float]]]:
     """What is measured at that length, and the share of its pairs that count."""
     of_documents = partial(_share_of_documents, total)
-    peers: dict[str, tuple[Peer, Callable[[], float]]] = {
+    return {
         "documents": (_ring_documents, of_documents),
         "documents, torch flex CP": (_flex_documents, of_documents),
+    } | {
+        name: (
+            partial(_ring, layout=layout, attention=pattern),
+            partial(_share_of, pattern, total),
+        )
+        for name, (pattern, layout) in _patterns(total).items()
     }
-    for name, (pattern, layout) in _patterns(total).items():
-        ring = partial(_ring, layout=layout, attention=pattern)
-        by_graphs = partial(ring, inductor={"triton.cudagraphs": True})
-        share_of = partial(_share_of, pattern, total)
-        peers[name] = ring, share_of
-        peers[f"{name}, CUDA graphs"] = by_graphs, share_of
-    return peers
 
 
 def main() -> None:

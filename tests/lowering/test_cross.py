@@ -125,5 +125,6 @@ def test_traced_by_aot_autograd(ranks: RankPool) -> None:
     )
 
 
+@pytest.mark.slow
 def test_compiled_by_inductor(ranks: RankPool) -> None:
     check(ranks, 2, [Case("padding", "zigzag", 37, compile="inductor", keys=64)])

@@ -107,6 +107,7 @@ def test_a_pattern_is_on_top_of_the_masks(ranks: RankPool, world_size: int) -> N
     check_cases(ranks, UNDER_PATTERN[world_size % 2 :: 2], world_size)
 
 
+@pytest.mark.slow
 def test_a_pattern_is_on_top_of_the_masks_through_inductor(ranks: RankPool) -> None:
     case = replace(BY_NAME["causal and padding"], attention="window")
     check_cases(ranks, [case], 2, "inductor")

@@ -31,7 +31,7 @@ def run_bfloat16(group: ProcessGroup, rank: int, name: str, compiler: str) -> No
 @pytest.mark.parametrize(
     ("name", "cp_size"),
     [
-        ("llama", 4),
+        pytest.param("llama", 4, marks=pytest.mark.slow),
         ("bert padded", 2),
         pytest.param("llama", 2, marks=pytest.mark.slow),
         pytest.param("bert padded", 4, marks=pytest.mark.slow),

@@ -212,8 +212,8 @@ def run_loop(group: ProcessGroup, rank: int, loop: Step, dynamic: bool | None) -
     ("loop", "dynamic"),
     [
         (accumulate, None),
-        (evaluate_between, None),
-        (scale_losses, None),
+        pytest.param(evaluate_between, None, marks=pytest.mark.slow),
+        pytest.param(scale_losses, None, marks=pytest.mark.slow),
         pytest.param(many_lengths, True, marks=pytest.mark.slow),
     ],
 )
@@ -321,7 +321,9 @@ def two_models(group: ProcessGroup, rank: int) -> None:
     assert_curves_equal(got, run((one, one), (two, two)))
 
 
-@pytest.mark.parametrize("job", [copy_and_load, two_models])
+@pytest.mark.parametrize(
+    "job", [copy_and_load, pytest.param(two_models, marks=pytest.mark.slow)]
+)
 def test_copies_and_several_models(
     ranks: RankPool, job: Callable[[ProcessGroup, int], None]
 ) -> None:

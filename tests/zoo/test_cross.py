@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -94,23 +95,26 @@ def check(ranks: RankPool, cell: Cell) -> Record:
     return first
 
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "cell",
     [
         Cell("pair", 2, (96, 40)),
         Cell("pair", 3, (41, 96), "eager"),
         Cell("pair", 4, (5, 64), "grouped"),
-        Cell("pair", 2, (40, 40)),
-        Cell("pair", 1, (41, 96)),
-        Cell("decoder", 2, (41, 96)),
+        slow(Cell("pair", 2, (40, 40))),
+        slow(Cell("pair", 1, (41, 96))),
+        slow(Cell("decoder", 2, (41, 96))),
         Cell("decoder", 3, (40, 40)),
-        Cell("decoder", 3, (96, 40), "grouped"),
-        Cell("decoder", 4, (5, 64), "eager"),
+        slow(Cell("decoder", 3, (96, 40), "grouped")),
+        slow(Cell("decoder", 4, (5, 64), "eager")),
         Cell("decoder", 4, (64, 3)),
         Cell("checkpointed decoder", 3, (41, 96)),
         Cell("latents", 3, (12, 64)),
-        Cell("pixels", 3, (16, 40)),
-        Cell("plain", 3, (10, 17)),
+        slow(Cell("pixels", 3, (16, 40))),
+        slow(Cell("plain", 3, (10, 17))),
         Cell("biased", 3, (10, 17)),
     ],
     ids=str,
@@ -128,7 +132,9 @@ def test_keys_of_a_cache_are_put_before_the_new(ranks: RankPool) -> None:
         assert {g.split(":")[0] for g in record.gathers} == {"aten.cat"}
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "hilbert"])
+@pytest.mark.parametrize(
+    "layout", [slow("contiguous"), "zigzag", slow("striped"), "hilbert"]
+)
 def test_each_axis_has_the_asked_layout(ranks: RankPool, layout: str) -> None:
     record = check(ranks, Cell("pair", 3, (37, 64), options={"layout": layout}))
     assert record.layouts.count(f"{layout} x3, keys {layout} x3 of 64") == 2
@@ -149,9 +155,8 @@ def test_compiled_by_inductor(ranks: RankPool) -> None:
     check(ranks, Cell("decoder", 2, (41, 96), compiler="inductor"))
 
 
-@pytest.mark.parametrize(
-    "lengths", [(24, 48), pytest.param((24, 44), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("lengths", [(24, 48), (24, 44)])
 def test_lengths_that_change(ranks: RankPool, lengths: tuple[int, int]) -> None:
     results = ranks.run(run_cell, Cell("decoder", 2, lengths, dynamic=True))
     for record, faults in results:

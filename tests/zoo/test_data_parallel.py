@@ -64,7 +64,7 @@ def average(losses: Sequence[float], group: ProcessGroup) -> list[float]:
 @pytest.mark.parametrize(
     ("shape", "by_block", "scale"),
     [
-        ((4,), False, "mean"),
+        pytest.param((4,), False, "mean", marks=pytest.mark.slow),
         ((4,), True, "mean"),
         pytest.param((4,), False, "sum", marks=pytest.mark.slow),
         pytest.param((2, 2), False, "sum", marks=pytest.mark.slow),
@@ -143,7 +143,10 @@ def wrap_in_ddp(
     return [str(w.message) for w in caught]
 
 
-@pytest.mark.parametrize(("over", "grads"), [("dp", "summed"), ("all", "local")])
+@pytest.mark.parametrize(
+    ("over", "grads"),
+    [("dp", "summed"), pytest.param("all", "local", marks=pytest.mark.slow)],
+)
 def test_ddp_beside_context_parallel(ranks: RankPool, over: str, grads: str) -> None:
     for said in ranks.run(wrap_in_ddp, over, grads, False, world_size=4):
         assert not any("DDP" in text for text in said)

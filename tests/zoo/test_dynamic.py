@@ -39,7 +39,7 @@ def run_lengths(
 
 
 def test_one_graph_serves_many_lengths(ranks: RankPool) -> None:
-    assert ranks.run(run_lengths, (64, 96, 160), "aot_eager", world_size=2) == [0, 0]
+    assert ranks.run(run_lengths, (64, 96), "aot_eager", world_size=2) == [0, 0]
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ def check(ranks: RankPool, cells: list[Cell], cp_size: int) -> None:
             check_errors(cell, got)
 
 
-@pytest.mark.parametrize("cp_size", [2, 4])
+@pytest.mark.parametrize("cp_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_pattern_runs_sharded(ranks: RankPool, cp_size: int) -> None:
     """One cell of each pattern; which one changes from pattern to pattern."""
     step = len(SWEEP) // len(CASES)

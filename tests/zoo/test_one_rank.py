@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 def _step(backend: str) -> Outcome:
     torch._dynamo.reset()
-    row = find_model("llama")
+    row = find_model("llama", 1)
     model = build_model(row, "sdpa", torch.float32)
     return run_step(model, torch.compile(model, backend=backend), row.make_inputs(32))
 

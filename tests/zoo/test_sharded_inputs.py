@@ -101,6 +101,7 @@ def check_block(group: ProcessGroup, rank: int, layout: str) -> None:
     assert record.gathers.count(gathered) == record.num_graphs
 
 
+@pytest.mark.slow
 def test_a_block_on_shards(ranks: RankPool) -> None:
     ranks.run(check_block, "zigzag", world_size=3)
 
