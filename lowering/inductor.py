@@ -25,6 +25,7 @@ from ringcompile.torch_private import (
     register_collective_lowering,
     register_identity_lowering,
     register_join_lowering,
+    register_store_lowering,
 )
 
 _FOLDERS = ("lowering", "ir", "plan")
@@ -122,3 +123,4 @@ def _register_lowerings() -> None:
         register_collective_lowering(op)
     register_identity_lowering(ops.KEEP)
     register_join_lowering(ops.JOIN)
+    register_store_lowering(ops.STORE)

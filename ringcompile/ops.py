@@ -37,6 +37,7 @@ LIBRARY = torch.library.Library("ringcompile", "DEF")
 #   join            as `torch.cat`; what makes a tensor writes it to its place, where
 #                   of `cat` Inductor may make one kernel that asks of each element
 #                   whose it is.
+#   store           a copy of x that is in memory before a generated kernel reads it.
 #   keep            a copy of x that is saved for backward, and makes `deps` needed.
 #   row_table       rows of a shard that take part, (heads, n) int64, -1 for no row; or
 #                   which of them travel, and where.
@@ -87,6 +88,7 @@ all_reduce(Tensor[] xs, int tag, str group_name, float timeout_s) -> Tensor[];
 keep(Tensor x, Tensor[] deps) -> Tensor;
 exchange(Tensor[] xs, *, int kind, str plan) -> Tensor[];
 join(Tensor[] xs, int dim) -> Tensor;
+store(Tensor x) -> Tensor;
 
 row_table(str spec, *, Device device) -> Tensor;
 block_lists(str spec, *, Device device) -> Tensor[];
@@ -129,6 +131,7 @@ ALL_REDUCE = _OPS.all_reduce.default
 KEEP = _OPS.keep.default
 EXCHANGE = _OPS.exchange.default
 JOIN = _OPS.join.default
+STORE = _OPS.store.default
 ROW_TABLE = _OPS.row_table.default
 BLOCK_LISTS = _OPS.block_lists.default
 BLOCK_TABLE = _OPS.block_table.default

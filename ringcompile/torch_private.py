@@ -263,6 +263,22 @@ def register_identity_lowering(op: OpOverload) -> None:
     lowering.register_lowering(op, type_promotion_kind=None)(lambda x, _deps: x)
 
 
+def register_store_lowering(op: OpOverload) -> None:
+    """Teach Inductor an op that is a copy, in memory before it is read.
+
+    What is not there templates inline, and not all of it compiles in them (torch 2.11).
+    """
+    from torch._inductor import lowering  # noqa: PLC0415
+
+    def lower(x: Any) -> object:  # noqa: ANN401 - Inductor's IR
+        stored = lowering.clone(x)
+        stored.realize()
+        stored.freeze_layout()  # which templates of backwards leave open
+        return stored
+
+    lowering.register_lowering(op, type_promotion_kind=None)(lower)
+
+
 def register_join_lowering(op: OpOverload) -> None:
     """Teach Inductor an op that is ``cat``, each tensor written where it belongs."""
     from torch._inductor import ir, lowering  # noqa: PLC0415

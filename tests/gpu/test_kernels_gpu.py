@@ -5,18 +5,25 @@ pytest -q -m gpu tests/gpu/test_kernels_gpu.py
 
 from collections.abc import Callable
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.distributed as dist
+from support import ring_cases
 from support.compiling import compile_ring
-from support.pattern_cases import CASES, PatternCase
+from support.pattern_cases import CASES, PatternCase, of_blocks, of_table, with_random
+from support.ring_cases import Case, plan_text
 from support.score_kernels import expect_tile, run_tile
 from support.tolerances import assert_no_worse_than_one_rank
 from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ringcompile import ops
 from ringcompile import patterns as p
-from ringcompile.lowering.tiles import flex
+from ringcompile.lowering import cut_masks
+from ringcompile.lowering.tiles import flex, pieces
+from ringcompile.lowering.tiles.dense import attend as attend_dense
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,7 +82,7 @@ GPU_CASES = {
     "longnet paper": CASES["longnet paper"],
     "by head": CASES["by head"],
     "bigbird random": CASES["bigbird random"],
-    "custom table": CASES["custom table"],
+    "custom table": of_table(4, 250, 1000),
 }
 
 
@@ -174,7 +181,7 @@ def _window(size: int) -> PatternCase:
 
 
 WINDOWS = {f"window {size}": _window(size) for size in (256, 300, 1000)} | {
-    "blocks": PatternCase(p.LocalWindow(640, 64), lambda H, _G, S: _near(H, S, 64, 5))
+    "blocks": PatternCase(p.LocalWindow(640, 40), lambda H, _G, S: _near(H, S, 40, 8))
 }
 
 
@@ -190,3 +197,43 @@ def test_windows_by_dense_kernels_lose_no_more_than_one(name: str) -> None:
         got = run(case, "inductor", "auto")
     for what, ours, plain, exact in zip(NAMES, got, base, want, strict=True):
         assert_no_worse_than_one_rank(ours, plain, exact, f"{what}, {name}")
+
+
+BIG_BIRD = with_random(
+    p.BigBird(17, 1, 2, 40, seed=7),
+    of_blocks(40, lambda i, j, _: ((i - j).abs() <= 8) | (i < 1) | (j < 1)),
+    *(2, 40),
+)
+
+
+def test_a_window_beside_random_blocks_is_dense_and_loses_no_more() -> None:
+    want, base = wanted(BIG_BIRD), run_dense(BIG_BIRD)
+    masked, dense = Mock(side_effect=flex.attend), Mock(side_effect=attend_dense)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cut_masks, "_WIDER", 1)
+        patch.setattr(flex, "attend", masked)
+        patch.setattr(pieces, "attend", dense)
+        got = run(BIG_BIRD, "inductor", "auto")
+    assert masked.call_count == 1
+    assert dense.call_count > 1
+    for what, ours, plain, exact in zip(NAMES, got, base, want, strict=True):
+        assert_no_worse_than_one_rank(ours, plain, exact, what)
+
+
+def test_documents_of_a_known_length_compile_in_a_zigzag() -> None:
+    """What such masks read is computed: positions, and ids at them."""
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=4)
+    try:
+        case = Case("documents", "zigzag", 4096, (4, 2, 64, 64), torch.bfloat16)
+        case = replace(case, compile="inductor")
+        group = dist.group.WORLD
+        assert group is not None
+        plan = plan_text(case, group, 3, timeout_s=60.0)
+        inputs = [x[:, :, :1024].cuda().requires_grad_() for x in case.tensors()[:3]]
+        captures = [x.cuda() for x in case.captures]
+        out = ring_cases.compile_ring(plan, case)(*inputs, captures)
+        grads = torch.autograd.grad(out, inputs, torch.ones_like(out))
+    finally:
+        dist.destroy_process_group()
+    # What peers send does not come: the shapes are all there is to see.
+    assert [x.shape for x in (out, *grads)] == [x.shape for x in (inputs[0], *inputs)]

@@ -90,7 +90,7 @@ def _heads(kept: Tensor, H: int) -> Tensor:
     return kept.expand(H, *kept.shape[-2:]).int()
 
 
-def _blocks(block: int, on: Callable[[Tensor, Tensor, int], Tensor]) -> Counts:
+def of_blocks(block: int, on: Callable[[Tensor, Tensor, int], Tensor]) -> Counts:
     """Of a layout whose ``on(i, j, nb)`` is the same for all heads."""
 
     def counts(H: int, _G: int, S: int) -> Tensor:
@@ -171,21 +171,21 @@ def local_window(window: int, block: int) -> PatternCase:
     def on(i: Tensor, j: Tensor, _nb: int) -> Tensor:
         return (i - j).abs() <= (window // block) // 2
 
-    return PatternCase(p.LocalWindow(window, block), _blocks(block, on))
+    return PatternCase(p.LocalWindow(window, block), of_blocks(block, on))
 
 
 def dilated_blocks(rates: tuple[int, ...], block: int) -> PatternCase:
     def on(i: Tensor, j: Tensor, _nb: int) -> Tensor:
         return _is_one_of((i - j).abs(), (0, *rates))
 
-    return PatternCase(p.DilatedBlocks(rates, block), _blocks(block, on))
+    return PatternCase(p.DilatedBlocks(rates, block), of_blocks(block, on))
 
 
 def global_local(g: int, window: int, block: int) -> PatternCase:
     def on(i: Tensor, j: Tensor, _nb: int) -> Tensor:
         return ((i - j).abs() <= (window // block) // 2) | (i < g) | (j < g)
 
-    return PatternCase(p.GlobalLocal(g, window, block), _blocks(block, on))
+    return PatternCase(p.GlobalLocal(g, window, block), of_blocks(block, on))
 
 
 def adaptive(keep: int, block: int) -> PatternCase:
@@ -246,7 +246,7 @@ def variable(
         return kept
 
     pattern = p.Variable(windows, ranges, horizontal=horizontal, block=block)
-    return PatternCase(pattern, _blocks(block, on))
+    return PatternCase(pattern, of_blocks(block, on))
 
 
 def hierarchical(levels: tuple[tuple[int, int], ...], block: int) -> PatternCase:
@@ -256,7 +256,7 @@ def hierarchical(levels: tuple[tuple[int, int], ...], block: int) -> PatternCase
             kept = kept | ((i // span == j // span) & (j % stride == 0))
         return kept
 
-    return PatternCase(p.Hierarchical(levels, block), _blocks(block, on))
+    return PatternCase(p.Hierarchical(levels, block), of_blocks(block, on))
 
 
 def within(mask: PatternCase, other: PatternCase) -> PatternCase:
@@ -293,7 +293,7 @@ def splitmix64(x: int) -> int:
     return x ^ x >> 31
 
 
-def _with_random(
+def with_random(
     pattern: p.Pattern, given: Counts, random: int, block: int
 ) -> PatternCase:
     """``given``, and of each row the open blocks with the least hash."""
@@ -333,7 +333,7 @@ def _near_or_sink(H: int, _G: int, S: int) -> Tensor:
     return (near | (k // 3 == 2) & (q % 4 != 1)).int()
 
 
-def _given(heads: int, block: int, S: int) -> PatternCase:
+def of_table(heads: int, block: int, S: int) -> PatternCase:
     nb = math.ceil(S / block)
     on = (torch.arange(heads * nb * nb) * 7 % 5 < 2).view(heads, nb, nb)
 
@@ -365,23 +365,23 @@ CASES: dict[str, PatternCase] = {
     "variable one": variable((3,), ((0, 1), (7, 8)), 4, horizontal=True),
     "bigbird": PatternCase(
         p.BigBird(3, 1, 0, 4),
-        _blocks(4, lambda i, j, _: ((i - j).abs() <= 1) | (i < 1) | (j < 1)),
+        of_blocks(4, lambda i, j, _: ((i - j).abs() <= 1) | (i < 1) | (j < 1)),
     ),
-    "bigbird random": _with_random(
+    "bigbird random": with_random(
         p.BigBird(3, 1, 2, 4, seed=7),
-        _blocks(4, lambda i, j, _: ((i - j).abs() <= 1) | (i < 1) | (j < 1)),
+        of_blocks(4, lambda i, j, _: ((i - j).abs() <= 1) | (i < 1) | (j < 1)),
         *(2, 4),
     ),
-    "variable random": _with_random(
+    "variable random": with_random(
         p.Variable((2, 1), ((3, 4),), 1, block=5, seed=7),
         variable((2, 1), ((3, 4),), 5, horizontal=False).counts,
         *(1, 5),
     ),
     "custom function": PatternCase(p.Custom(near_or_sink), _near_or_sink),
-    "custom table": _given(1, 4, 43),
+    "custom table": of_table(1, 4, 43),
     "longformer": PatternCase(
         p.Longformer(2, (0, 5), 4),
-        _blocks(
+        of_blocks(
             4,
             lambda i, j, _: (
                 ((i - j).abs() <= 1) | _is_one_of(i, (0, 5)) | _is_one_of(j, (0, 5))
