@@ -41,9 +41,8 @@ def _as_by_torchrun(rank: int) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize(
-    "num_dp", [pytest.param(1, marks=pytest.mark.slow), 2], ids="dp={}".format
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("num_dp", [1, 2], ids="dp={}".format)
 def test_ten_steps_of_the_trainer(ranks: RankPool, num_dp: int) -> None:
     curves = ranks.run(train_with_trainer, num_dp, world_size=4)
     assert all(curve == curves[0] for curve in curves)

@@ -258,7 +258,9 @@ def run_counting(
     return found
 
 
-@pytest.mark.parametrize("cp_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "cp_size", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))]
+)
 def test_rings_are_attention(ranks: RankPool, cp_size: int) -> None:
     heads = (4, 2, 16, 16)
     cases = tuple(

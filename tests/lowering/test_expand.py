@@ -253,7 +253,9 @@ def test_a_single_ring_is_written_out(ranks: RankPool) -> None:
         ]
 
 
-@pytest.mark.parametrize("build", [with_one_kv, of_one_tensor])
+@pytest.mark.parametrize(
+    "build", [with_one_kv, pytest.param(of_one_tensor, marks=pytest.mark.slow)]
+)
 def test_operands_that_are_one_tensor(
     ranks: RankPool, build: Callable[[list[str]], Model]
 ) -> None:

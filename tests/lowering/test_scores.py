@@ -218,6 +218,7 @@ def test_rows_without_a_key_under_an_added_mask(ranks: RankPool) -> None:
         assert (known - true).abs().max() < 1e-5 * true.abs().max(), name
 
 
+@pytest.mark.slow
 def test_compiled_by_inductor(ranks: RankPool) -> None:
     base = Case("causal", length=32, compile="inductor")
     check(ranks, 2, [ScoreCase(base, ("dense", "relative"), 2.0, has_sinks=True)])

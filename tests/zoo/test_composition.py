@@ -111,7 +111,7 @@ def train_built(
     [
         (checkpointed, 2, {}),
         (hf_checkpointed_reentrant, 2, {}),
-        (broken, 1, {}),
+        pytest.param(broken, 1, {}, marks=pytest.mark.slow),
         pytest.param(checkpointed_reentrant, 2, {}, marks=pytest.mark.slow),
         pytest.param(hf_checkpointed, 2, {}, marks=pytest.mark.slow),
         pytest.param(broken, 1, {"layout": "zigzag"}, marks=pytest.mark.slow),

@@ -93,7 +93,11 @@ def run_pattern(
 @pytest.mark.parametrize(
     ("name", "cp_size"),
     [
-        *product(("longnet", "local window"), (1, 2, 4)),
+        *product(("longnet", "local window"), (1, 2)),
+        *(
+            pytest.param(name, 4, marks=pytest.mark.slow)
+            for name in ("longnet", "local window")
+        ),
         ("longnet detached", 2),
     ],
 )

@@ -13,6 +13,7 @@ from support import (
     trap_values,
 )
 from support.ranks import RankError, RankHangError, RankPool
+from support.sampling import one_in
 from support.traps import Run, Trap, run_differing, run_trap
 
 HANG_S = 120.0
@@ -42,7 +43,7 @@ def _name(trap: Callable[..., object]) -> str:
     return trap.__name__
 
 
-@pytest.mark.parametrize("trap", ON_TWO, ids=_name)
+@pytest.mark.parametrize("trap", one_in(2, ON_TWO), ids=_name)
 def test_a_trap_is_right_or_told(ranks: RankPool, trap: Trap) -> None:
     check_trap(ranks, trap)
 
@@ -87,7 +88,7 @@ def test_a_trap_where_errors_are_wanted(ranks: RankPool, trap: Trap) -> None:
     check_trap(ranks, trap, Run(unsupported="error"))
 
 
-@pytest.mark.parametrize("trap", trap_gradients.DIFFERENT_RANKS, ids=_name)
+@pytest.mark.parametrize("trap", one_in(2, trap_gradients.DIFFERENT_RANKS), ids=_name)
 def test_ranks_that_differ_are_told(ranks: RankPool, trap: Trap) -> None:
     with pytest.raises(RankError) as caught:  # so that the pool makes groups anew
         ranks.run(run_differing, trap, timeout_s=HANG_S)
