@@ -1,7 +1,7 @@
 """Every spelling of attention becomes a ring and equals eager float64; by itself.
 
-CI runs a sixth of the rows on 2 ranks without Inductor, and explains a third. By hand, all
-rows on 2, 3 (padded) and 4 ranks:
+CI runs a sixth of the rows on 2 ranks without Inductor, and explains a third. By hand,
+all rows on 2, 3 (padded) and 4 ranks:
 
     pytest -q -m slow tests/zoo/test_spellings.py
 """
