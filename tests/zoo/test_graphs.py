@@ -40,9 +40,8 @@ def test_graphs_hold_shards_only(
     check_graphs(ranks, row, attention, cp_size)
 
 
-@pytest.mark.parametrize(
-    "name", ["llama cache", pytest.param("bert padded", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama cache", "bert padded"])
 def test_graphs_hold_shards_only_on_two_ranks(ranks: RankPool, name: str) -> None:
     check_graphs(ranks, find_model(name), "eager", 2)
 

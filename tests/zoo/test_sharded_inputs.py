@@ -184,6 +184,7 @@ def check_layers(group: ProcessGroup, rank: int) -> None:
     )
 
 
+@pytest.mark.slow
 def test_layers_compiled_one_by_one(ranks: RankPool) -> None:
     ranks.run(check_layers, world_size=2)
 
