@@ -107,6 +107,17 @@ def test_a_window_is_two_batches_of_triangles() -> None:
     assert [c.runs for c in calls] == [(16, 16), (15, 15)]
 
 
+def test_a_window_of_odd_length_has_two_triangles_of_an_even_side() -> None:
+    calls = cut_band(Band(0, 16), 64, 64)
+    assert_expected_inline(
+        _describe(calls),
+        """\
+4 x causal q 0:64 kv 0:64
+3 x upper q 16:64 kv 0:48""",
+    )
+    assert [c.runs for c in calls] == [(16, 16), (16, 16)]
+
+
 def test_the_shard_before_is_seen_by_one_triangle() -> None:
     calls = cut_band(Band(-64, -49), 15, 64)
     assert_expected_inline(_describe(calls), """1 x upper q 0:15 kv 49:64""")

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from support.compiling import Record, compile_ring
 from support.cross_models import make_inputs, make_model, run_step
 from support.ranks import RankPool
+from support.sampling import slow
 from support.tolerances import assert_gradients_equal, assert_output_equal
 from torch.distributed import ProcessGroup
 
@@ -93,9 +93,6 @@ def check(ranks: RankPool, cell: Cell) -> Record:
         assert len(record.rings) == NUM_RINGS[cell.name]
     first: Record = results[0][0]
     return first
-
-
-slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(

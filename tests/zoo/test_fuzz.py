@@ -3,7 +3,6 @@
 ``python tests/print_fuzz.py --count 20000`` runs larger ones by hand.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -42,7 +41,6 @@ GLOO_SEEDS = {2: range(30), 3: range(30, 40), 4: range(40, 50)}
 
 def simulate_some(_group: ProcessGroup, rank: int, seeds: range) -> int:
     """How many programs became rings, of this rank's share: each simulates its own."""
-    warnings.simplefilter("ignore")
     num_rings = 0
     for seed in seeds[rank::SHARES]:
         program = write_program(seed, is_small=True)

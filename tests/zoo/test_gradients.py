@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from support.compiling import Record, compile_ring
 from support.ranks import RankPool
-from support.sampling import one_in
+from support.sampling import slow
 from support.tolerances import assert_gradients_equal, assert_output_equal
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -129,7 +129,7 @@ def test_gradients_are_eagers_wherever_the_loss_is(
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
-@pytest.mark.parametrize("length", one_in(2, [13, 2]))
+@pytest.mark.parametrize("length", [13, slow(2)])
 def test_gradients_with_pads_on_three_ranks(
     ranks: RankPool, length: int, layout: str
 ) -> None:

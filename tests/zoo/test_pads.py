@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from support.compiling import compile_ring
 from support.ranks import RankPool
+from support.sampling import slow
 from support.spine_models import Outcome, build_model, find_model, run_step
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -64,9 +65,9 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
         ("llama", "zigzag"),
         ("llama", "contiguous"),
         ("bert padded", "striped"),
-        pytest.param("llama", "striped", marks=pytest.mark.slow),
-        pytest.param("bert padded", "contiguous", marks=pytest.mark.slow),
-        pytest.param("bert padded", "zigzag", marks=pytest.mark.slow),
+        slow("llama", "striped"),
+        slow("bert padded", "contiguous"),
+        slow("bert padded", "zigzag"),
     ],
 )
 def test_padding_reaches_nothing(ranks: RankPool, name: str, layout: str) -> None:

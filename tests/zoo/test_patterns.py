@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from support.compiling import compile_ring
 from support.ranks import RankPool
+from support.sampling import slow
 from support.spine_models import build_model, find_model, run_reference, run_step
 from support.tolerances import assert_gradients_equal, assert_output_equal
 from torch import Tensor, nn
@@ -94,10 +95,8 @@ def run_pattern(
     ("name", "cp_size"),
     [
         *product(("longnet", "local window"), (1, 2)),
-        *(
-            pytest.param(name, 4, marks=pytest.mark.slow)
-            for name in ("longnet", "local window")
-        ),
+        slow("longnet", 4),
+        slow("local window", 4),
         ("longnet detached", 2),
     ],
 )
