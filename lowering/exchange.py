@@ -16,6 +16,7 @@ from ringcompile import ops
 from ringcompile.ir.schedule import Ulysses
 from ringcompile.lowering.hops import Exchange, Hops, Phase, Tag
 from ringcompile.lowering.program import read_plan
+from ringcompile.lowering.rows import join
 
 
 def trade_rows(
@@ -96,8 +97,8 @@ def exchange(xs: Sequence[Tensor], *, kind: int, plan: str) -> list[Tensor]:
     arrived = {src: hops.land(flight) for src, flight in flights.items()}
     arrived[mine] = own
     parts = zip(*(arrived[member] for member in range(size)), strict=True)
-    join = _join_rows if what.is_to_heads else _join_heads
-    return [join(of_members, ulysses) for of_members in parts]
+    put = _join_rows if what.is_to_heads else _join_heads
+    return [put(of_members, ulysses) for of_members in parts]
 
 
 def _take_heads(x: Tensor, member: int, ulysses: Ulysses) -> Tensor:
@@ -143,10 +144,7 @@ def _cut(x: Tensor, count: int) -> list[Tensor]:
 
 
 def _join(xs: Sequence[Tensor], dim: int) -> Tensor:
-    if len(xs) == 1:
-        return xs[0]
-    joined: Tensor = ops.JOIN(list(xs), dim)
-    return joined
+    return xs[0] if len(xs) == 1 else join(xs, dim)
 
 
 def _exchange_shapes(xs: Sequence[Tensor], *, kind: int, plan: str) -> list[Tensor]:

@@ -409,8 +409,17 @@ def _join_by_token(xs: Sequence[Tensor]) -> Tensor:
     """Rows end to end, all heads of a token side by side."""
     if xs[0].dim() == _LSE_DIM:
         return _join_rows(xs)
-    by_token: Tensor = ops.JOIN([x.transpose(1, 2) for x in xs], 1)
-    return by_token.transpose(1, 2)
+    return join([x.transpose(1, 2) for x in xs], 1).transpose(1, 2)
+
+
+def join(xs: Sequence[Tensor], dim: int) -> Tensor:
+    """``torch.cat``, each tensor written where it belongs.
+
+    In six dims: of four Inductor takes a tensor of one channel for ``channels_last``,
+    writes all of them so, and lays the whole right in a pass of its own.
+    """
+    joined: Tensor = ops.JOIN([x[None, None] for x in xs], dim + 2)
+    return joined[0, 0]
 
 
 def _cat(xs: Sequence[Tensor], dim: int) -> Tensor:

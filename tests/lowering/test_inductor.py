@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code  # noqa: TID251
@@ -13,6 +14,7 @@ from ringcompile import ops
 from ringcompile.inductor_passes import GraphPass, pass_uuid
 from ringcompile.lowering import inductor
 from ringcompile.lowering.inductor import inductor_patches, sources_hash
+from ringcompile.lowering.rows import join
 from ringcompile.torch_private import compile_with_inductor
 
 
@@ -95,20 +97,22 @@ def test_sources_are_all_that_give_a_plan_its_meaning() -> None:
     assert {"ring.py", "process_group.py", "ops.py", "schedule.py"} <= names
 
 
-def test_joined_rows_are_written_where_they_belong() -> None:
-    """What makes them writes into the result: none of them is copied."""
+@pytest.mark.parametrize("rows", [(4, 3), (1, 6)])
+def test_joined_rows_are_written_where_they_belong(rows: tuple[int, int]) -> None:
+    """What makes them writes into the result: none is copied, be it of one row."""
 
-    def join(x: Tensor, y: Tensor) -> Tensor:
-        joined: Tensor = ops.JOIN([x.sin().mT, y.cos().mT], 1)
-        return joined.mT
+    def lay(x: Tensor, y: Tensor) -> Tensor:
+        return join([x.sin().transpose(1, 2), y.cos().transpose(1, 2)], 1)
 
     def backend(gm: GraphModule, example: list[Tensor]) -> Callable[..., object]:
         return compile_with_inductor(gm, example, inductor_patches({}))
 
-    x, y = torch.randn(2, 5, 3), torch.randn(2, 5, 4)
-    call = torch.compile(join, backend=backend, dynamic=False)
+    x, y = (torch.randn(1, 5, n, 3) for n in rows)
+    call = torch.compile(lay, backend=backend, dynamic=False)
     out, (code, *_) = run_and_get_code(call, x, y)
-    torch.testing.assert_close(out, torch.cat([x.sin(), y.cos()], 2))
-    torch.testing.assert_close(out, join(x, y))
+    want = torch.cat([x.sin(), y.cos()], 2).transpose(1, 2)
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(lay(x, y), want)
+    assert out.is_contiguous()
     allocated = re.findall(r"= empty_strided_cpu\((\(.*?\))", code)
-    assert allocated == ["(2, 7, 5)"]
+    assert allocated == ["(1, 1, 1, 7, 5, 3)"]
