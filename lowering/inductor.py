@@ -19,14 +19,12 @@ from ringcompile.inductor_passes import (
     order_pass,
     pass_uuid,
     passes_of,
-)
-from ringcompile.lowering.expand import COMMUNICATING, communicates, expand_rings
-from ringcompile.torch_private import (
     register_collective_lowering,
     register_identity_lowering,
     register_join_lowering,
     register_store_lowering,
 )
+from ringcompile.lowering.expand import COMMUNICATING, communicates, expand_rings
 
 _FOLDERS = ("lowering", "ir", "plan")
 _FILES = ("ops.py", "torch_private.py", "inductor_passes.py")

@@ -1,4 +1,4 @@
-"""Our passes over Inductor's graphs and schedules, in the forms that it takes.
+"""What Inductor gets of us: passes over its graphs and schedules, lowerings of our ops.
 
 The rest of torch's private names is in ``torch_private``. Invariant: a user's passes
 run too, before ours, and a pass without a uuid keeps graphs out of compile caches.
@@ -20,6 +20,7 @@ from torch._subclasses.functional_tensor import (
 )
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointPolicy
 
 GraphPass = Callable[[Graph], None]
@@ -240,3 +241,60 @@ def _guard_memory(graph: Any) -> None:  # noqa: ANN401 - Inductor's
     for name, x in operands.items():
         if isinstance(x, ir.DonatedBuffer):
             operands[name] = ir.InputBuffer(name=x.name, layout=x.layout)
+
+
+# ---- our ops -------------------------------------------------------------------------
+
+
+def register_collective_lowering(op: OpOverload) -> None:
+    """Teach Inductor an op that starts communication.
+
+    Its first argument is a tensor, or a list whose i-th tensor must stay whole until
+    the i-th result is waited for; Inductor's wait kernel looks for them there.
+    """
+    # Inductor takes seconds to import, so only who compiles with it pays.
+    from torch._inductor import ir, lowering  # noqa: PLC0415
+
+    lowering.add_layout_constraint(op, lowering.constrain_to_fx_strides)
+
+    def lower(sent: Any, *args: object) -> object:  # noqa: ANN401 - Inductor's IR
+        sent = tree_map(ir.ExternKernel.require_contiguous, sent)
+        started = ir._CollectiveKernel.create_out_of_place(  # noqa: SLF001
+            op, sent, *args
+        )
+        return tree_map(ir.TensorBox.create, started)
+
+    lowering.register_lowering(op, type_promotion_kind=None)(lower)
+
+
+def register_identity_lowering(op: OpOverload) -> None:
+    """Teach Inductor an op whose result is its first argument, at no cost."""
+    from torch._inductor import lowering  # noqa: PLC0415
+
+    lowering.register_lowering(op, type_promotion_kind=None)(lambda x, _deps: x)
+
+
+def register_store_lowering(op: OpOverload) -> None:
+    """Teach Inductor an op that is a copy, in memory before it is read.
+
+    What is not there templates inline, and not all of it compiles in them (torch 2.11).
+    """
+    from torch._inductor import lowering  # noqa: PLC0415
+
+    def lower(x: Any) -> object:  # noqa: ANN401 - Inductor's IR
+        stored = lowering.clone(x)
+        stored.realize()
+        stored.freeze_layout()  # which templates of backwards leave open
+        return stored
+
+    lowering.register_lowering(op, type_promotion_kind=None)(lower)
+
+
+def register_join_lowering(op: OpOverload) -> None:
+    """Teach Inductor an op that is ``cat``, each tensor written where it belongs."""
+    from torch._inductor import ir, lowering  # noqa: PLC0415
+
+    def lower(xs: Any, dim: int) -> object:  # noqa: ANN401 - Inductor's IR
+        return ir.TensorBox(ir.ConcatKernel.create(xs, dim))
+
+    lowering.register_lowering(op, type_promotion_kind=None)(lower)

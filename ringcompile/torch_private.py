@@ -30,7 +30,6 @@ from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_map
 
 __all__ = ["SymmetricMemory", "Work"]  # the rest is defined here
 
@@ -225,6 +224,12 @@ def allocate_symmetric(num_bytes: int, device: torch.device) -> Tensor:
     return symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
+def current_stream_handle(device: int) -> int:
+    """The driver's handle of the current stream: torch's object takes 8 us to make."""
+    handle: int = torch._C._cuda_getCurrentRawStream(device)  # noqa: SLF001
+    return handle
+
+
 def rendezvous(memory: Tensor, group: ProcessGroup) -> SymmetricMemory:
     """Exchange memory between the ranks of a group; all of them must come."""
     return symmetric_memory.rendezvous(memory, group.group_name)
@@ -233,60 +238,6 @@ def rendezvous(memory: Tensor, group: ProcessGroup) -> SymmetricMemory:
 def register_work(result: Tensor, work: Work) -> None:
     """Let ``wait_tensor(result)`` end ``work``."""
     _register_work(result, work)
-
-
-def register_collective_lowering(op: OpOverload) -> None:
-    """Teach Inductor an op that starts communication.
-
-    Its first argument is a tensor, or a list whose i-th tensor must stay whole until
-    the i-th result is waited for; Inductor's wait kernel looks for them there.
-    """
-    # Inductor takes seconds to import, so only who compiles with it pays.
-    from torch._inductor import ir, lowering  # noqa: PLC0415
-
-    lowering.add_layout_constraint(op, lowering.constrain_to_fx_strides)
-
-    def lower(sent: Any, *args: object) -> object:  # noqa: ANN401 - Inductor's IR
-        sent = tree_map(ir.ExternKernel.require_contiguous, sent)
-        started = ir._CollectiveKernel.create_out_of_place(  # noqa: SLF001
-            op, sent, *args
-        )
-        return tree_map(ir.TensorBox.create, started)
-
-    lowering.register_lowering(op, type_promotion_kind=None)(lower)
-
-
-def register_identity_lowering(op: OpOverload) -> None:
-    """Teach Inductor an op whose result is its first argument, at no cost."""
-    from torch._inductor import lowering  # noqa: PLC0415
-
-    lowering.register_lowering(op, type_promotion_kind=None)(lambda x, _deps: x)
-
-
-def register_store_lowering(op: OpOverload) -> None:
-    """Teach Inductor an op that is a copy, in memory before it is read.
-
-    What is not there templates inline, and not all of it compiles in them (torch 2.11).
-    """
-    from torch._inductor import lowering  # noqa: PLC0415
-
-    def lower(x: Any) -> object:  # noqa: ANN401 - Inductor's IR
-        stored = lowering.clone(x)
-        stored.realize()
-        stored.freeze_layout()  # which templates of backwards leave open
-        return stored
-
-    lowering.register_lowering(op, type_promotion_kind=None)(lower)
-
-
-def register_join_lowering(op: OpOverload) -> None:
-    """Teach Inductor an op that is ``cat``, each tensor written where it belongs."""
-    from torch._inductor import ir, lowering  # noqa: PLC0415
-
-    def lower(xs: Any, dim: int) -> object:  # noqa: ANN401 - Inductor's IR
-        return ir.TensorBox(ir.ConcatKernel.create(xs, dim))
-
-    lowering.register_lowering(op, type_promotion_kind=None)(lower)
 
 
 def compile_with_inductor(

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringcompile.errors import OptionError
+from ringcompile.lowering.transports import driver
 from ringcompile.lowering.transports.copy_engine import CopyEngine
-from ringcompile.lowering.transports.flags import can_set_flags
 from ringcompile.mesh import Ranks
 from ringcompile.torch_private import (
     allocate_symmetric,
@@ -91,7 +91,7 @@ def _reaches_all(group: dist.ProcessGroup, device: torch.device) -> bool:
     others.remove(_uuid(device.index))
     return (
         can_share_memory(device)
-        and can_set_flags()
+        and driver.is_here()
         and len(set(places)) == group.size() == len(others) + 1
         and all(
             uuid in here and torch.cuda.can_device_access_peer(device, here[uuid])

@@ -9,17 +9,24 @@ place for the same hops in the same order; and what a rank enqueues waits only f
 its peers have enqueued before.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from functools import lru_cache
+from itertools import accumulate, zip_longest
+from math import prod
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ringcompile.lowering.hops import Tag
-from ringcompile.lowering.transports.flags import Flags
-from ringcompile.torch_private import Work, rendezvous
+from ringcompile.lowering.transports import driver
+from ringcompile.torch_private import (
+    Work,
+    current_stream_handle,
+    register_work,
+    rendezvous,
+)
 
 _BUDGET = 4 * 2**30
 _SHARE = 32
@@ -31,6 +38,7 @@ _PLACES = 3
 """Parts of a buffer for each peer: one is filled, one read, one waits."""
 
 _ALIGNMENT = 512
+_FLAG_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +79,13 @@ class _Part:
 
     Attributes:
         place: number of the place.
-        pairs: bytes of tensors, each with those of the owner's buffer.
+        slices: what it holds.
+        address: where it lies in the owner's buffer.
     """
 
     place: int
-    pairs: tuple[tuple[Tensor, Tensor], ...]
+    slices: tuple[_Slice, ...]
+    address: int
 
 
 class CopyEngine:
@@ -89,18 +99,22 @@ class CopyEngine:
             memory: ``buffer_bytes`` bytes of what GPUs can share.
         """
         self._rank, self._size, self._own = group.rank(), group.size(), memory
+        self._device = memory.device.index
         self._place_bytes = memory.numel() // ((self._size - 1) * _PLACES)
-        shared = rendezvous(memory, group)
-        self._flags = Flags(shared)
+        shared = self._shared = rendezvous(memory, group)
         self._buffers = [
-            shared.get_buffer(rank, memory.shape, torch.uint8)
+            shared.get_buffer(rank, memory.shape, torch.uint8).data_ptr()
             for rank in range(self._size)
         ]
-        self._pulling = torch.cuda.Stream()
-        self._published: torch.cuda.Event | None = None
+        self._cut = lru_cache(maxsize=4096)(self._cut_parts)
+        self._pulling: int = torch.cuda.Stream(self._device).cuda_stream
+        self._ready, self._published = driver.Event(), driver.Event()
+        self._idle_events: list[driver.Event] = []
+        here = current_stream_handle(self._device)
+        self._published.record(here)
         for peer in range(self._size):
             for place in range(_PLACES if peer != self._rank else 0):
-                self._flags.set(peer, _is_free(place))
+                self._set(peer, _is_free(place), here)
 
     @staticmethod
     def buffer_bytes(size: int, gpu_bytes: int) -> int:
@@ -115,33 +129,53 @@ class CopyEngine:
     def start(
         self,
         sent: Sequence[Tensor],
-        received: Sequence[Tensor],
+        rows: Sequence[int],
         tag: Tag,
         *,
         dst: int,
         src: int,
-    ) -> "_Flying":
-        """Start a hop of contiguous tensors; a rank of -1 means nobody."""
-        here = torch.cuda.current_stream()
-        self._order_behind_last(here)
+    ) -> list[Tensor]:
+        """Start a hop of contiguous tensors ``(..., n, D)``; a rank of -1 means nobody.
+
+        Args:
+            sent: what goes to ``dst``.
+            rows: how many of each come from ``src``.
+            tag: of the hop.
+            dst: who receives.
+            src: who sends.
+
+        Returns:
+            What comes, one tensor for each of ``sent``, once its ``wait`` is over. They
+            lie in one memory, so that one copy brings them and one wait ends them.
+        """
+        here = current_stream_handle(self._device)
+        is_captured = torch.cuda.is_current_stream_capturing()
+        if not is_captured:
+            # Hops leave in the order in which the host starts them, on any streams.
+            self._published.block(here)
+        memory, received = _lay_out(sent, rows)
         first = self._first_place(tag)
-        leaving = self._cut(sent, first, self._rank, reader=dst)
-        coming = self._cut(received, first, src, reader=self._rank)
-        arrived = None
+        sizes = tuple(x.nbytes for x in sent)
+        leaving = self._cut(sizes, first, self._rank, dst)
+        coming = self._cut((memory.numel(),), first, src, self._rank)
+        sources, target = [x.data_ptr() for x in sent], memory.data_ptr()
         # Part by part: each waits only for parts that all ranks have enqueued before,
         # though the streams may not run side by side. A copy within this GPU goes on
         # this stream: beside a large kernel it would wait for that one's end.
         for leaves, comes in zip_longest(leaving, coming):
             if leaves is not None:
-                self._publish(leaves, dst)
+                self._publish(leaves, sources, dst, here)
             if comes is not None:
-                self._pulling.wait_event(here.record_event())
-                with torch.cuda.stream(self._pulling):
-                    self._pull(comes, src)
-                    arrived = self._pulling.record_event()
-        if not torch.cuda.is_current_stream_capturing():
-            self._published = here.record_event()
-        return _Flying(arrived)
+                self._ready.record(here)
+                self._ready.block(self._pulling)
+                self._pull(comes, target, src)
+        if not is_captured:
+            self._published.record(here)
+        if coming:
+            flying = _Flying(self._device, self._idle_events)
+            flying.arrived.record(self._pulling)
+            register_work(memory, flying)
+        return received
 
     def _first_place(self, tag: Tag) -> int:
         """Where a hop starts: those to one peer that are under way together, apart.
@@ -151,59 +185,89 @@ class CopyEngine:
         """
         return tag.phase + 2 * (tag.step // self._size)
 
-    def _order_behind_last(self, here: torch.cuda.Stream) -> None:
-        """Hops leave in the order in which the host starts them, on any streams."""
-        if self._published and not torch.cuda.is_current_stream_capturing():
-            here.wait_event(self._published)
+    def _publish(
+        self, part: _Part, sources: Sequence[int], dst: int, stream: int
+    ) -> None:
+        self._take(dst, _is_free(part.place), stream)
+        for s in part.slices:
+            size = s.stop - s.start
+            source = sources[s.tensor] + s.start
+            driver.copy(part.address + s.offset, source, size, stream)
+        self._set(dst, _is_full(part.place), stream)
 
-    def _publish(self, part: _Part, dst: int) -> None:
-        self._flags.take(dst, _is_free(part.place))
-        for x, at in part.pairs:
-            at.copy_(x)
-        self._flags.set(dst, _is_full(part.place))
+    def _pull(self, part: _Part, target: int, src: int) -> None:
+        self._take(src, _is_full(part.place), self._pulling)
+        for s in part.slices:
+            size = s.stop - s.start
+            driver.copy(target + s.start, part.address + s.offset, size, self._pulling)
+        self._set(src, _is_free(part.place), self._pulling)
 
-    def _pull(self, part: _Part, src: int) -> None:
-        self._flags.take(src, _is_full(part.place))
-        for x, at in part.pairs:
-            x.copy_(at)
-        self._flags.set(src, _is_free(part.place))
-
-    def _cut(
-        self, tensors: Sequence[Tensor], first: int, owner: int, *, reader: int
-    ) -> Iterator[_Part]:
+    def _cut_parts(
+        self, sizes: Sequence[int], first: int, owner: int, reader: int
+    ) -> tuple[_Part, ...]:
         """The parts of a hop, through the owner's places for a reader."""
         if min(owner, reader) < 0:
-            return
-        xs, size = list(map(_bytes, tensors)), self._place_bytes
-        cut = cut_into_places([x.numel() for x in xs], size)
+            return ()
+        cut = cut_into_places(sizes, self._place_bytes)
         places_of_reader = (reader - (reader > owner)) * _PLACES
-        for number, slices in enumerate(cut, first):
-            place = number % _PLACES
-            start = (places_of_reader + place) * size
-            yield _Part(
-                place,
-                tuple(
-                    (
-                        xs[s.tensor][s.start : s.stop],
-                        self._buffers[owner][start + s.offset :][: s.stop - s.start],
-                    )
-                    for s in slices
-                ),
+        return tuple(
+            _Part(
+                number % _PLACES,
+                tuple(slices),
+                self._buffers[owner]
+                + (places_of_reader + number % _PLACES) * self._place_bytes,
             )
+            for number, slices in enumerate(cut, first)
+        )
+
+    # A rank has a flag of each number for each peer, all of them down at first. Each is
+    # set only when it is down; who waits for it takes it down again.
+
+    def _set(self, peer: int, number: int, stream: int) -> None:
+        """Set the flag that a peer waits for, after the stream's work."""
+        driver.set_flag(self._flag(peer, number, self._rank), 1, stream)
+
+    def _take(self, peer: int, number: int, stream: int) -> None:
+        """Let the stream wait until a peer has set the flag."""
+        address = self._flag(self._rank, number, peer)
+        driver.await_flag(address, 1, stream)
+        driver.set_flag(address, 0, stream)
+
+    def _flag(self, owner: int, number: int, setter: int) -> int:
+        pads = self._shared.signal_pad_ptrs
+        return pads[owner] + _FLAG_BYTES * (number * self._size + setter)
 
 
 class _Flying(Work):
     """A hop under way; ``wait`` makes the current stream wait for what it brings."""
 
-    def __init__(self, arrived: torch.cuda.Event | None) -> None:
+    def __init__(self, device: int, idle_events: list[driver.Event]) -> None:
         super().__init__()
-        self._arrived = arrived
+        self._device, self._idle_events = device, idle_events
+        self.arrived = idle_events.pop() if idle_events else driver.Event()
 
     def wait(self, _timeout: object = None) -> bool:
         """Order the current stream behind the copies; no host waits."""
-        if self._arrived is not None:
-            torch.cuda.current_stream().wait_event(self._arrived)
+        self.arrived.block(current_stream_handle(self._device))
+        self._idle_events.append(self.arrived)  # what waits for it does so already
         return True
+
+
+def _lay_out(
+    sent: Sequence[Tensor], rows: Sequence[int]
+) -> tuple[Tensor, list[Tensor]]:
+    """Memory for what comes, and its tensors, laid as ``cut_into_places`` lays them."""
+    shapes = [(*x.shape[:-2], n, x.shape[-1]) for x, n in zip(sent, rows, strict=True)]
+    sizes = [
+        -(-prod(shape) * x.itemsize // _ALIGNMENT) * _ALIGNMENT
+        for x, shape in zip(sent, shapes, strict=True)
+    ]
+    memory = sent[0].new_empty(sum(sizes), dtype=torch.uint8)
+    starts = [0, *accumulate(sizes[:-1])]
+    return memory, [
+        memory[start : start + prod(shape) * x.itemsize].view(x.dtype).view(shape)
+        for x, shape, start in zip(sent, shapes, starts, strict=True)
+    ]
 
 
 def _is_full(place: int) -> int:
@@ -212,7 +276,3 @@ def _is_full(place: int) -> int:
 
 def _is_free(place: int) -> int:
     return 2 * place + 1
-
-
-def _bytes(x: Tensor) -> Tensor:
-    return x.view(-1).view(torch.uint8)

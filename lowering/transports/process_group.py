@@ -116,18 +116,15 @@ def _hop(  # noqa: PLR0913, PLR0917 - the op's schema
     timeout_s: float,
     transport: str = "p2p",
 ) -> list[Tensor]:
-    received = [
-        x.new_empty((*x.shape[:-2], rows, x.shape[-1]))
-        for x, rows in zip(payload, recv_rows, strict=True)
-    ]
     group = find_group(group_name)
     engine = find_engine(transport, group) if payload[0].is_cuda else None
     sent = [x.contiguous() for x in payload]
     if engine is not None:
-        flying = engine.start(sent, received, Tag.decode(tag), dst=dst, src=src)
-        for x in received:
-            register_work(x, flying)
-        return received
+        return engine.start(sent, recv_rows, Tag.decode(tag), dst=dst, src=src)
+    received = [
+        x.new_empty((*x.shape[:-2], rows, x.shape[-1]))
+        for x, rows in zip(payload, recv_rows, strict=True)
+    ]
     _warm_up(group, payload[0])
     # Rows travel only where there are some; both ends know how many there are.
     sends = [x for x in sent if dst >= 0 and x.numel()]

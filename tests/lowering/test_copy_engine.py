@@ -1,5 +1,7 @@
 """What a hop by copies puts where, and who may ask for one; tests/gpu runs it."""
 
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from expecttest import assert_expected_inline
@@ -7,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringcompile.errors import OptionError
-from ringcompile.lowering.transports import flags
+from ringcompile.lowering.transports import driver
 from ringcompile.lowering.transports.choose import prepare_transport
 from ringcompile.lowering.transports.copy_engine import (
     _ALIGNMENT,
     _BUDGET,
     _SHARE,
     CopyEngine,
+    _lay_out,
     cut_into_places,
 )
 from ringcompile.mesh import Ranks
@@ -77,15 +80,57 @@ transport='copy_engine'
     )
 
 
-def test_without_the_drivers_interface_ranks_send(
-    monkeypatch: pytest.MonkeyPatch,
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 300)), min_size=1, max_size=3),
+    st.integers(1, 4).map(lambda n: n * _ALIGNMENT),
+)
+def test_what_comes_lies_as_what_was_sent(
+    sizes: list[tuple[int, int]], capacity: int
 ) -> None:
-    def fail(name: str) -> None:
-        raise ModuleNotFoundError(name)
+    """A sender cuts tensors, a receiver one memory: they mean the same bytes."""
+    dtypes = (torch.bfloat16, torch.float32, torch.bfloat16)
+    sent = [
+        torch.randn(1, 2, rows, features).to(dtype)
+        for (rows, features), dtype in zip(sizes, dtypes, strict=False)
+    ]
+    memory, received = _lay_out(sent, [rows for rows, _ in sizes])
+    leaving = cut_into_places([x.nbytes for x in sent], capacity)
+    coming = cut_into_places([memory.numel()], capacity)
+    assert len(leaving) == len(coming)
+    for leaves, comes in zip(leaving, coming, strict=True):
+        place = torch.zeros(capacity, dtype=torch.uint8)
+        for s in leaves:
+            source = sent[s.tensor].view(-1).view(torch.uint8)
+            place[s.offset :][: s.stop - s.start] = source[s.start : s.stop]
+        (s,) = comes
+        memory[s.start : s.stop] = place[s.offset :][: s.stop - s.start]
+    for x, y in zip(sent, received, strict=True):
+        assert torch.equal(x, y)
+        assert y.is_contiguous()
 
-    flags._driver.cache_clear()
-    monkeypatch.setattr(flags, "import_module", fail)
-    assert not flags.can_set_flags()
-    monkeypatch.setattr(flags, "import_module", lambda name: name)
-    assert flags.can_set_flags()
-    flags._driver.cache_clear()
+
+def test_without_the_driver_ranks_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise OSError(name)
+
+    driver._calls.cache_clear()
+    monkeypatch.setattr(driver, "CDLL", fail)
+    assert not driver.is_here()
+    monkeypatch.setattr(driver, "CDLL", lambda _name: object())  # an old one
+    assert not driver.is_here()
+    monkeypatch.setattr(driver, "CDLL", lambda _name: MagicMock())
+    assert driver.is_here()
+    driver._calls.cache_clear()
+
+
+def test_a_drivers_failure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = MagicMock()
+    library.cuMemcpyAsync.return_value = 0
+    library.cuStreamWriteValue32_v2.return_value = 700
+    driver._calls.cache_clear()
+    monkeypatch.setattr(driver, "CDLL", lambda _name: library)
+    driver.copy(1024, 2048, 16, 7)
+    library.cuMemcpyAsync.assert_called_once_with(1024, 2048, 16, 7)
+    with pytest.raises(RuntimeError, match="cuStreamWriteValue32_v2 failed: 700"):
+        driver.set_flag(1024, 1, 7)
+    driver._calls.cache_clear()
