@@ -2,9 +2,11 @@
 
 Until then a ring is one op in each, so no pass over the joint graph walks through it
 and none can move it or save what it fetches. Rings that say the same are traced once
-and, where Inductor can call a graph, compiled once. Invariant: the tags of hops are
-told by the plans of a graph alone, which are alike on all ranks; how their rings are
-compiled, strides and settings decide as well.
+and, where Inductor can call a graph, compiled once. What backward computes first it has
+to fetch, so that hop starts before the ring does: ahead of the ring before it, under
+which it flies. Invariant: the tags of hops, and their order, are told by the plans of a
+graph alone, which are alike on all ranks; how their rings are compiled, strides and
+settings decide as well.
 """
 
 from collections import Counter
@@ -25,6 +27,12 @@ from ringcompile.inductor_passes import (
 )
 from ringcompile.ir.text import rename_plan
 from ringcompile.lowering.exchange import exchange
+from ringcompile.lowering.fetch_early import (
+    Head,
+    fetch_early,
+    find_operands,
+    split_first_fetch,
+)
 from ringcompile.lowering.hops import SHARED
 from ringcompile.lowering.ring import attend_ring, find_ring_gradients
 
@@ -54,15 +62,26 @@ def expand_rings(graph: Graph, *, can_call: bool) -> None:
         for node in graph.find_nodes(op="call_function", target=op):
             alike.setdefault(_describe(node), []).append(node)
             counts[_describe_plan(node)] += 1
+    bodies: dict[Node, GraphModule] = {}
+    heads: dict[Node, Head] = {}
     for nodes in alike.values():
         plan = str(nodes[0].kwargs["plan"])
         if counts[_describe_plan(nodes[0])] > 1:
             plan = rename_plan(plan, SHARED, "one of several attentions")
         body = _trace(nodes[0], plan)
+        head = None
+        if nodes[0].target is ops.RING_BACKWARD:
+            head = split_first_fetch(body)
+        bodies |= dict.fromkeys(nodes, body)
+        heads |= {} if head is None else dict.fromkeys(nodes, head)
+    fetched = fetch_early(graph, heads)
+    for nodes in alike.values():
+        body = bodies[nodes[0]]
+        operands = {n: [*find_operands(n), *fetched.get(n, ())] for n in nodes}
         if can_call and len(nodes) > 1 and _is_fixed(nodes[0]):
-            _call(graph, nodes, body)
+            _call(graph, operands, body)
         else:
-            _write_out(graph, nodes, body)
+            _write_out(graph, operands, body)
 
 
 def communicates(module: GraphModule) -> bool:
@@ -94,16 +113,9 @@ def _describe_value(node: Node) -> str:
     return f"{tuple(x.shape)} {x.stride()} {x.storage_offset()} {x.dtype} {x.device}"
 
 
-def _operands(node: Node) -> list[Node]:
-    """What it reads, in order; what is read twice is named twice."""
-    found: list[Node] = []
-    map_arg((node.args, dict(node.kwargs)), found.append)
-    return found
-
-
 def _is_fixed(node: Node) -> bool:
     """Whether all it reads are tensors whose sizes are numbers."""
-    values = [n.meta["val"] for n in _operands(node)]
+    values = [n.meta["val"] for n in find_operands(node)]
     return not any(
         isinstance(size, SymInt)
         for x in values
@@ -122,22 +134,24 @@ def _trace(node: Node, plan: str) -> GraphModule:
         )
         return tuple(_LOOPS[node.target](*args, **(kwargs | {"plan": plan})))
 
-    return trace_graph(run, [n.meta["val"] for n in _operands(node)])
+    return trace_graph(run, [n.meta["val"] for n in find_operands(node)])
 
 
 # ---- calls ---------------------------------------------------------------------------
 
 
-def _call(graph: Graph, nodes: Sequence[Node], body: GraphModule) -> None:
+def _call(
+    graph: Graph, operands: Mapping[Node, Sequence[Node]], body: GraphModule
+) -> None:
     body.meta[OWN_MEMORY] = True
     pass_over(body)
     name = _add_child(graph, "shared_ring", body)
-    for node in nodes:
+    for node, values in operands.items():
         with graph.inserting_before(node):
             child = graph.get_attr(name)
         # The same node, so that Inductor does not find the values of all that follows
         # anew.
-        node.args, node.kwargs = (child, name, *_operands(node)), {}
+        node.args, node.kwargs = (child, name, *values), {}
         node.target = call_graph
         node.meta.pop("eager_input_vals", None)  # the ring's, not the call's
 
@@ -156,14 +170,16 @@ def _add_child(graph: Graph, name: str, child: object) -> str:
 # ---- copies --------------------------------------------------------------------------
 
 
-def _write_out(graph: Graph, nodes: Sequence[Node], body: GraphModule) -> None:
+def _write_out(
+    graph: Graph, operands: Mapping[Node, Sequence[Node]], body: GraphModule
+) -> None:
     children = {
         n.target: _add_child(graph, str(n.target), getattr(body, str(n.target)))
         for n in body.graph.find_nodes(op="get_attr")
     }
-    for node in nodes:
+    for node, values in operands.items():
         with graph.inserting_before(node):
-            results = _copy(graph, body.graph, node, children)
+            results = _copy(graph, body.graph, node, values, children)
         for item in list(node.users):
             assert item.target is getitem, "of a list one takes items"
             item.replace_all_uses_with(results[item.args[1]])  # type: ignore[index]
@@ -172,10 +188,14 @@ def _write_out(graph: Graph, nodes: Sequence[Node], body: GraphModule) -> None:
 
 
 def _copy(
-    graph: Graph, body: Graph, ring: Node, children: Mapping[object, str]
+    graph: Graph,
+    body: Graph,
+    ring: Node,
+    operands: Sequence[Node],
+    children: Mapping[object, str],
 ) -> list[Node]:
     placeholders = body.find_nodes(op="placeholder")
-    copies = dict(zip(placeholders, _operands(ring), strict=True))
+    copies = dict(zip(placeholders, operands, strict=True))
     for node in body.nodes:
         if node.op == "output":
             results = map_arg(node.args[0], copies.__getitem__)

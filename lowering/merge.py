@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ringcompile import ops
+
 
 def merge(
     first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
@@ -23,5 +25,6 @@ def merge(
     total = weight_1 + weight_2
     lse = top + torch.log(total)
     total = torch.where(total == 0, 1.0, total)
-    out = out_1 * (weight_1 / total)[..., None] + out_2 * (weight_2 / total)[..., None]
-    return out, lse
+    # In memory: else what goes over features computes them for each of those anew.
+    weight_1, weight_2 = ops.STORE(weight_1 / total), ops.STORE(weight_2 / total)
+    return out_1 * weight_1[..., None] + out_2 * weight_2[..., None], lse

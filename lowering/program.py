@@ -93,6 +93,12 @@ class PartProgram:
         """All steps in order."""
         return (tile for stage in self.stages for tile in stage)
 
+    def order_stages(self, phase: Phase) -> Sequence[tuple[TileProgram, ...]]:
+        """The stages as they are computed: the own tile first, in backward last."""
+        first, *others = self.stages
+        is_last = phase is Phase.BACKWARD_KV and all(tile.is_own for tile in first)
+        return (*others, first) if is_last else self.stages
+
     def mask_of(self, piece: Piece) -> str:
         """Which pairs of a piece count, as text."""
         return (piece.mask if isinstance(piece, Call) else None) or self.mask

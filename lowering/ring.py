@@ -7,9 +7,10 @@ Inductor lowers a graph ``expand`` writes them out. Invariant: every rank starts
 same list of tags.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 import torch
@@ -30,13 +31,13 @@ from ringcompile.lowering.program import (
     build_program,
     read_plan,
 )
+from ringcompile.lowering.ring_shapes import backward_shapes, forward_shapes
 from ringcompile.lowering.rows import (
     RowSet,
     Segments,
     Size,
     Values,
     lay_by_token,
-    resolve,
 )
 from ringcompile.lowering.scores import (
     add_sinks,
@@ -168,20 +169,36 @@ class _Shard:
 
 
 def _stages(
-    part: PartProgram, hops: Hops, phase: Phase, kv: Values
+    parts: Sequence[PartProgram], hops: Hops, phase: Phase, kv: Values
 ) -> Iterator[list[tuple[TileProgram, Values]]]:
-    """Each stage's tiles with their KV; meanwhile the hops of the next stage fly."""
-    flights = [_fetch(part, tile, hops, phase, kv) for tile in part.stages[0]]
-    for stage, following in zip(part.stages, (*part.stages[1:], ()), strict=True):
+    """All parts' stages: tiles with their KV; meanwhile the hops of the next fly.
+
+    Backward has a part's own tile last, so that under it the last dKV fly home; what
+    the first stage fetches then starts before the ring does (see ``expand``).
+    """
+    stages = [(part, x) for part in parts for x in part.order_stages(phase)]
+    flights = [_fetch(*stages[0], hops, phase, kv)]
+    for (_, stage), following in zip(stages, (*stages[1:], None), strict=True):
         arrived = [
             _land(tile, flight, hops)
-            for tile, flight in zip(stage, flights, strict=True)
+            for tile, flight in zip(stage, flights.pop(), strict=True)
         ]
-        flights = [_fetch(part, tile, hops, phase, kv) for tile in following]
+        if following is not None:
+            flights.append(_fetch(*following, hops, phase, kv))
         yield list(zip(stage, arrived, strict=True))
 
 
 def _fetch(
+    part: PartProgram,
+    stage: Sequence[TileProgram],
+    hops: Hops,
+    phase: Phase,
+    kv: Values,
+) -> list[Flight]:
+    return [_fetch_tile(part, tile, hops, phase, kv) for tile in stage]
+
+
+def _fetch_tile(
     part: PartProgram, tile: TileProgram, hops: Hops, phase: Phase, kv: Values
 ) -> Flight:
     """Start the hop that brings a tile's KV; what is here needs none."""
@@ -230,7 +247,8 @@ def attend_ring(  # noqa: PLR0913 - the op's schema
     dtype = q.dtype if is_last else None
 
     def attend(part: PartProgram) -> Values:
-        out, lse = _attend_part(part, hops, q, (k, v), dtype)
+        mine = islice(stages, len(part.stages))
+        out, lse = _attend_part(part, mine, q, (k, v), dtype)
         if record.schedule.mixing.is_detached:
             own_outs.append(out.to(q.dtype, copy=True))
         return part.queries.place((out, lse))[1]
@@ -238,6 +256,7 @@ def attend_ring(  # noqa: PLR0913 - the op's schema
     level = find_level(record, biases, captures, q.shape[2])
     read = read_biases(record, biases, level)
     parts = build_program(plan, q, k, captures, read)
+    stages = _stages(parts, hops, Phase.FORWARD_KV, (k, v))
     out, lse = reduce(_merge, map(attend, parts))
     if sinks is not None:
         assert not own_outs, "detached weights say nothing of a sink's"
@@ -247,15 +266,18 @@ def attend_ring(  # noqa: PLR0913 - the op's schema
 
 
 def _attend_part(
-    part: PartProgram, hops: Hops, q: Tensor, kv: Values, dtype: torch.dtype | None
+    part: PartProgram,
+    stages: Iterable[list[tuple[TileProgram, Values]]],
+    q: Tensor,
+    kv: Values,
+    dtype: torch.dtype | None,
 ) -> Values:
     """Out, rounded to ``dtype``, and lse of one part, over the queries in it."""
     queries = part.queries.take(q)
     total = part.query_segments(_merge)
-    for stage in _stages(part, hops, Phase.FORWARD_KV, kv):
-        for tile, tile_kv in stage:
-            for piece in tile.pieces:
-                total.add(piece.q, attend_piece(part, tile, piece, queries, tile_kv))
+    for tile, tile_kv in chain.from_iterable(stages):
+        for piece in tile.pieces:
+            total.add(piece.q, attend_piece(part, tile, piece, queries, tile_kv))
     wide, v = ops.accumulation_dtype(q.dtype), kv[1]
 
     def nothing(rows: Size) -> Values:
@@ -292,7 +314,7 @@ def find_ring_gradients(  # noqa: PLR0913, PLR0917 - the op's schema
     k, v = k.contiguous(), v.contiguous()
     lse = torch.where(lse == -torch.inf, torch.inf, lse)
     dtype = q.dtype if len(record.schedule.parts) == 1 else None
-    shard = _Shard(grad_out.contiguous(), q, k, v, lse, dtype)
+    shard = _Shard(lay_by_token(grad_out), q, k, v, lse, dtype)  # as out lies
     level = find_level(record, biases, captures, q.shape[2])
     read = read_biases(record, biases, level, needed[4:])
     parts = build_program(plan, q, k, captures, read)
@@ -300,11 +322,13 @@ def find_ring_gradients(  # noqa: PLR0913, PLR0917 - the op's schema
     of_parts = list(outs)
     if not record.schedule.mixing.is_detached:
         of_parts = [part.queries.take(outs[0]) for part in parts]
+    stages = _stages(parts, hops, Phase.BACKWARD_KV, (k, v))
     dq, dk, dv, *d_biases = reduce(
         _add,
         (
             _part_gradients(
-                *(part, hops, shard, out, of_blocks), returns=any(needed[1:3])
+                *(part, islice(stages, len(part.stages)), hops, shard, out, of_blocks),
+                returns=any(needed[1:3]),
             )
             for part, out in zip(parts, of_parts, strict=True)
         ),
@@ -329,8 +353,9 @@ def find_ring_gradients(  # noqa: PLR0913, PLR0917 - the op's schema
     return found
 
 
-def _part_gradients(
+def _part_gradients(  # noqa: PLR0913 - what a backward reads
     part: PartProgram,
+    stages: Iterable[list[tuple[TileProgram, Values]]],
     hops: Hops,
     shard: _Shard,
     out: Tensor,
@@ -349,8 +374,10 @@ def _part_gradients(
     kv = (shard.k, shard.v)
     of_biases = BiasSums(part, ops.accumulation_dtype(q.dtype))
     dq, home = part.query_segments(_add), part.kv_segments(_add)
+    landing: list[tuple[TileProgram, Flight]] = []
     under_way: list[tuple[TileProgram, Flight]] = []
-    for stage in _stages(part, hops, Phase.BACKWARD_KV, kv):
+    for stage in stages:
+        _land_home(landing, hops, home)
         landing, under_way = under_way, []
         for tile, tile_kv in stage:
             dkv = tuple(x[:, :, :0].to(_dkv_dtype(tile, kv)) for x in kv)
@@ -362,11 +389,10 @@ def _part_gradients(
                 under_way.append((tile, _return(part, tile, hops, dkv)))
             elif tile.is_own and tile.reads is not None:
                 home.add(*tile.reads.place(dkv))
-        _land_home(landing, hops, home)
-    # Before the wait for the last dKV, which nothing else is computed under.
+    # Before the last waits for dKV.
     own_dq = dq.join(lambda n: _zeros((shard.q,), n), dtype=shard.dtype)
     _, (dq_shard,) = part.queries.place(own_dq)
-    _land_home(under_way, hops, home)
+    _land_home([*landing, *under_way], hops, home)
     dk, dv = home.join(lambda n: _zeros(kv, n), dtype=shard.dtype)
     return dq_shard, dk, dv, *of_biases.place()
 
@@ -435,59 +461,10 @@ def _add(a: Values, b: Values) -> Values:
 # ---- ops -----------------------------------------------------------------------------
 
 
-def _forward_shapes(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    captures: Sequence[Tensor],
-    _biases: Sequence[Tensor],
-    _sinks: Tensor | None,
-    *,
-    plan: str,
-) -> list[Tensor]:
-    B, H, T, _ = q.shape
-    out = q.new_empty((B, T, H, v.shape[3])).transpose(1, 2)
-    lse = q.new_empty(q.shape[:3], dtype=ops.accumulation_dtype(q.dtype))
-    if not read_plan(plan).schedule.mixing.is_detached:
-        return [out, lse]
-    parts = build_program(plan, q, k, captures, ())
-    own = [part.queries.own_rows for part in parts]
-    chunk = parts[0].frame.chunk
-    rows = [resolve(r.stop, chunk) - resolve(r.start, chunk) for r in own]
-    return [out, lse, *(q.new_empty((*q.shape[:2], n, v.shape[3])) for n in rows)]
-
-
-def _backward_shapes(  # noqa: PLR0913 - the op's schema
-    _grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    _outs: Sequence[Tensor],
-    lse: Tensor,
-    _captures: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    sinks: Tensor | None,
-    *,
-    needed: Sequence[bool],
-    num_blocks: Size | None,
-    plan: str,
-) -> list[Tensor]:
-    found = [
-        x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2)
-        for x, need in zip((q, k, v), needed, strict=False)
-        if need
-    ]
-    others = zip((sinks, *biases), needed[3:], strict=True)
-    found += [x.new_empty(x.shape) for x, need in others if need and x is not None]
-    if num_blocks is not None:
-        found.append(lse.new_empty((*q.shape[:2], num_blocks, num_blocks)))
-    return found
-
-
 ops.LIBRARY.impl("ring_attention", ring_attention, "CompositeImplicitAutograd")
 for _name, _kernel, _shapes in (
-    ("ring_forward", attend_ring, _forward_shapes),
-    ("ring_backward", find_ring_gradients, _backward_shapes),
+    ("ring_forward", attend_ring, forward_shapes),
+    ("ring_backward", find_ring_gradients, backward_shapes),
 ):
     ops.LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ringcompile::{_name}", _shapes, lib=ops.LIBRARY)

@@ -1,8 +1,9 @@
 """The communications of a schedule, in the order in which every rank starts them.
 
 KV of a stage is on its way while the stage before is computed; backward fetches KV
-again and sends each step's dKV home when the step is done. Invariant: all ranks have
-the same list of (phase, step); a rank's part in one may be empty.
+again and sends each step's dKV home when the step is done. There a part's own tile is
+the last, under which the last dKV are on their way. Invariant: all ranks have the same
+list of (phase, step); a rank's part in one may be empty.
 """
 
 from collections.abc import Iterator
@@ -68,12 +69,14 @@ def _order_forward(schedule: Schedule) -> Iterator[_Turn]:
 
 
 def _order_backward(schedule: Schedule) -> Iterator[_Turn]:
-    for stages in _number_steps(schedule, Phase.BACKWARD_KV):
-        yield from stages[0]
-        for stage, following in zip(stages, (*stages[1:], ()), strict=True):
-            yield from following
-            for turn in stage:
-                yield replace(turn, phase=Phase.BACKWARD_DKV)
+    ordered: list[tuple[_Turn, ...]] = []
+    for first, *others in _number_steps(schedule, Phase.BACKWARD_KV):
+        ordered += [first, *others] if first else [*others, first]
+    yield from ordered[0]
+    for stage, following in zip(ordered, (*ordered[1:], ()), strict=True):
+        yield from following
+        for turn in stage:
+            yield replace(turn, phase=Phase.BACKWARD_DKV)
 
 
 def _number_steps(

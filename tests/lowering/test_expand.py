@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 from unittest.mock import patch
 
@@ -21,7 +22,7 @@ from ringcompile.ir.text import rename_plan
 from ringcompile.lowering import inductor
 from ringcompile.lowering.expand import communicates, expand_rings
 from ringcompile.lowering.hops import Tag
-from ringcompile.torch_private import compile_with_inductor
+from ringcompile.torch_private import WAIT_TENSOR, compile_with_inductor
 
 CAUSAL = Case("causal", "zigzag")
 
@@ -35,6 +36,7 @@ class Seen:
         calls: names of called graphs.
         hops: tags of the hops outside of those.
         inside: tags of the hops of each called graph.
+        orders: what graphs start, wait for and call.
         chained: calls, and how many of them wait for the communication before them.
         results: out and gradients.
     """
@@ -43,6 +45,7 @@ class Seen:
     calls: list[list[str]] = field(default_factory=list)
     hops: list[list[str]] = field(default_factory=list)
     inside: list[list[str]] = field(default_factory=list)
+    orders: list[list[str]] = field(default_factory=list)
     chained: list[tuple[int, int]] = field(default_factory=list)
     results: list[Tensor] = field(default_factory=list)
 
@@ -58,6 +61,9 @@ class Seen:
         self.ops_before.append(before)
         self.calls.append([str(n.args[1]) for n in find(graph, call_graph)])
         self.hops.append(read_tags(graph))
+        names = {ops.HOP: "start", WAIT_TENSOR: "wait", call_graph: "ring"}
+        order = [names[n.target] for n in graph.nodes if n.target in names]
+        self.orders.append([name for name, _ in groupby(order)])
 
     def see_schedule(self, nodes: list[Any]) -> list[Any]:
         calls = [n for n in nodes if type(n.node).__name__ == "InvokeSubgraph"]
@@ -155,6 +161,23 @@ def checkpointed(plans: list[str]) -> Model:
     return model
 
 
+def recomputed(plans: list[str]) -> Model:
+    """Rings whose K and V are made anew in backward, each before its ring."""
+
+    def attend(x: Tensor, k: Tensor, v: Tensor, plan: str) -> Tensor:
+        weight = torch.eye(k.shape[-1])
+        k, v = (((x[:, :2] + y) @ weight).sin() for y in (k, v))
+        out: Tensor = ops.RING_ATTENTION(x, k, v, [], [], plan=plan)
+        return x + out
+
+    def model(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for plan in plans:
+            x = checkpoint(attend, x, k, v, plan, use_reentrant=False)
+        return x
+
+    return model
+
+
 def run_rings(
     group: ProcessGroup,
     rank: int,
@@ -226,13 +249,18 @@ def test_rings_that_are_alike_are_one(ranks: RankPool) -> None:
     for seen in check(ranks, stacked, CAUSAL, window, CAUSAL):
         assert seen.ops_before == [3, 3]
         assert seen.calls == [["shared_ring_0"] * 2] * 2
-        assert seen.hops == [  # of the one that is like no other
+        assert seen.hops == [  # of the one that is like no other, and first fetches
             ["attention 1, forward KV, step 1"],
-            ["attention 1, backward KV, step 1", "attention 1, backward dKV, step 1"],
+            [
+                SHARED + "backward KV, step 1",
+                "attention 1, backward KV, step 1",
+                SHARED + "backward KV, step 1",
+                "attention 1, backward dKV, step 1",
+            ],
         ]
         assert seen.inside == [
             [SHARED + "forward KV, step 1"],
-            [SHARED + "backward KV, step 1", SHARED + "backward dKV, step 1"],
+            [SHARED + "backward dKV, step 1"],
         ]
 
 
@@ -276,7 +304,19 @@ def test_other_kernels_and_tables(ranks: RankPool) -> None:
 def test_independent_rings_stay_in_order(ranks: RankPool) -> None:
     for seen in check(ranks, side_by_side, CAUSAL, CAUSAL, CAUSAL):
         assert [len(calls) for calls in seen.calls] == [3, 3]
-        assert seen.chained == [(3, 2), (3, 2)]
+        assert seen.chained == [(3, 2), (3, 3)]
+
+
+def test_backward_fetches_ahead(ranks: RankPool) -> None:
+    """Under the ring before; of K and V that are made behind it, as soon as they are."""
+    for seen in check(ranks, with_one_kv, CAUSAL, CAUSAL, CAUSAL):
+        forward, backward = seen.orders
+        assert forward == ["ring"]  # three, one behind the other
+        ahead = ["start", "wait", "start", "ring", "wait", "start", "ring"]
+        assert backward == [*ahead, "wait", "ring"]
+    for seen in check(ranks, recomputed, CAUSAL, CAUSAL):
+        _, backward = seen.orders
+        assert backward == ["start", "wait", "ring"] * 2
 
 
 def test_fusion_makes_no_circle_of_rings_and_what_they_read(ranks: RankPool) -> None:
@@ -292,13 +332,14 @@ def test_checkpointed_rings(ranks: RankPool) -> None:
 
 @pytest.mark.slow
 def test_where_inductor_calls_no_graph_each_is_written_out(ranks: RankPool) -> None:
-    """Tags are the same all the same: what ranks expect hangs on no setting."""
+    """Tags and their order are the same: what ranks expect hangs on no setting."""
     cases = (CAUSAL, CAUSAL)
     called = ranks.run(run_rings, stacked, cases, CALLED, world_size=2)
     written = ranks.run(run_rings, stacked, cases, WRITTEN_OUT, world_size=2)
     for one, other in zip(called, written, strict=True):
         assert other.calls == [[], []]
-        assert other.hops == [tags * 2 for tags in one.inside]
+        assert other.hops[0] == one.inside[0] * 2
+        assert sorted(other.hops[1]) == sorted([*one.hops[1], *one.inside[1] * 2])
         assert all(map(torch.equal, one.results, other.results))
 
 
