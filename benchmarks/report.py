@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 Row = Mapping[str, Any]
-_KEY = re.compile(r"(.*), (\d+:\d+) heads, (\d+) tokens x (\d+), (\w+)")
+KEY = re.compile(r"(.*), (\d+:\d+) heads, (\d+) tokens x (\d+), (\w+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def format_table(rows: Mapping[str, Row], view: View) -> str:
     """A line for each peer, a column for each length; errors and fits below."""
     lines: dict[tuple[str, ...], dict[int, Row]] = {}
     for key, row in rows.items():
-        if found := _KEY.fullmatch(key):
+        if found := KEY.fullmatch(key):
             peer, heads, tokens, ranks, device = found.groups()
             line = lines.setdefault((f"{ranks} x {device}", heads, peer), {})
             line[int(tokens)] = row
@@ -160,7 +160,7 @@ def _read_lines(
     """Of each peer, heads and ranks what is plotted over tokens per rank."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for key, row in rows.items():
-        found = _KEY.fullmatch(key)
+        found = KEY.fullmatch(key)
         if found and "error" not in row and VIEWS[name].y in row:
             peer, heads, tokens, ranks, _ = found.groups()
             line = lines.setdefault(f"{peer}, {heads} x {ranks}", [])

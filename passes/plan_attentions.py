@@ -21,7 +21,8 @@ from ringcompile.passes.read_added import is_cut
 from ringcompile.passes.regions import Region
 from ringcompile.patterns import AttentionSpec, Pattern
 from ringcompile.patterns.base import find_segment
-from ringcompile.plan.choose import Crossing, choose_layout
+from ringcompile.plan.choose import Crossing, choose_layout, choose_ulysses
+from ringcompile.plan.cost import Sizes, find_machine
 from ringcompile.plan.coverage import DependsOnLength
 from ringcompile.plan.stages import build_schedule
 from ringcompile.torch_private import size_hint
@@ -78,6 +79,7 @@ class Planner:
         self._options = options
         self._ranks = ranks
         self._sources = sources
+        self._machine = find_machine(ranks.device_type, options.transport)
         self._axes: list[AxisLayout] = []
         self._reasons: list[str] = []
         self.scorers: dict[int, nn.Module] = {}
@@ -158,7 +160,11 @@ class Planner:
             return layout, f'layout="{name}" in the options'
         size = size_hint(length)
         parts = [a.build_parts(size) for a in attentions]
-        return choose_layout(parts, self._ranks.size, size, crossings=tuple(crossings))
+        return choose_layout(
+            *(parts, self._ranks.size, size),
+            crossings=tuple(crossings),
+            machine=self._machine,
+        )
 
     def plan(
         self, placements: Placements, attentions: dict[Node, Attention]
@@ -167,9 +173,8 @@ class Planner:
         planned = {}
         for index, (node, attention) in enumerate(attentions.items()):
             axes, region = placements.attention_axes[node], attention.region
-            refusal = self._refuse_ulysses(attention, *axes)
-            size = 1 if refusal else self._ranks.ulysses_size
-            schedule = self._schedule(attention, *axes, ulysses_size=size)
+            schedule, remark = self._choose_schedule(attention, *axes)
+            size = schedule.ulysses.size
             self._note_scorer(index, attention.pattern, schedule)
             plan = RankPlan(
                 index=index,
@@ -191,8 +196,7 @@ class Planner:
             reason = "; keys: ".join(
                 dict.fromkeys(self._reasons[number] for number in axes)
             )
-            if refusal:
-                reason += f"; a ring over all ranks: {refusal}"
+            reason = "; ".join(filter(None, (reason, remark)))
             planned[node] = PlannedAttention(region, attention.pattern, plan, reason)
         return planned
 
@@ -213,13 +217,37 @@ class Planner:
         assert isinstance(scorer, nn.Module), "a learned choice has its module"
         self.scorers[index] = scorer
 
-    def _refuse_ulysses(
+    def _choose_schedule(
         self, attention: Attention, number: int, key_number: int
+    ) -> tuple[Schedule, str]:
+        """A ring over all ranks or over groups that deal out heads, and a remark."""
+        axes, asked = (number, key_number), self._ranks.ulysses_size
+        ring = self._schedule(attention, *axes, ulysses_size=1)
+        if asked is not None and asked > 1:
+            refusal = self._refuse_ulysses(attention, *axes, size=asked)
+            if refusal:
+                return ring, f"a ring over all ranks: {refusal}"
+            return self._schedule(attention, *axes, ulysses_size=asked), ""
+        sizes = range(2, self._ranks.size + 1)
+        others = [
+            self._schedule(attention, *axes, ulysses_size=size)
+            for size in sizes
+            if asked is None
+            and self._machine.trade_s
+            and self._ranks.size % size == 0
+            and self._refuse_ulysses(attention, *axes, size=size) is None
+        ]
+        if not others:
+            return ring, ""
+        length = size_hint(self._axes[number].length)
+        of_region = _find_sizes(attention.region)
+        return choose_ulysses((ring, *others), length, of_region, self._machine)
+
+    def _refuse_ulysses(
+        self, attention: Attention, number: int, key_number: int, *, size: int
     ) -> str | None:
-        """Why ranks can't deal out its heads; None: they can, or need not."""
-        size, axis = self._ranks.ulysses_size, self._axes[number]
-        if size == 1:
-            return None
+        """Why so many ranks can't deal out its heads; None: they can."""
+        axis = self._axes[number]
         if number != key_number:
             return "its keys are another sequence"
         if axis.layout.name not in {"contiguous", "zigzag"}:
@@ -258,6 +286,12 @@ def _read_side(axis: AxisLayout, *, is_open: bool) -> Side:
     """How an axis lies; a symbolic length is fixed unless it may stay open."""
     stays = is_open and isinstance(axis.length, SymInt)
     return Side(axis.layout, None if stays else int(axis.length))
+
+
+def _find_sizes(region: Region) -> Sizes:
+    batch, heads, _, features = map(size_hint, region.q.shape)
+    dtype = region.q.node.meta["val"].dtype
+    return Sizes(heads, size_hint(region.k.shape[1]), features, dtype.itemsize, batch)
 
 
 def _plan_dropout(region: Region) -> Dropout | None:

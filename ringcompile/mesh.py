@@ -26,14 +26,14 @@ class Ranks:
         group_name: Name that functional collectives know the group by; "" if alone.
         device_type: ``cuda`` if the group moves CUDA tensors, else ``cpu``.
         ulysses_size: how many ranks, one after the other, deal out heads among
-            themselves; the ring goes over groups of so many.
+            themselves; the ring goes over groups of so many. None: what costs least.
     """
 
     rank: int = 0
     size: int = 1
     group_name: str = ""
     device_type: str = "cpu"
-    ulysses_size: int = 1
+    ulysses_size: int | None = None
 
     @property
     def is_alone(self) -> bool:
@@ -58,7 +58,7 @@ def find_ranks(mesh: object = None) -> Ranks:
     group = find_group(mesh)
     if group is None:
         return Ranks()
-    ulysses_size = 1
+    ulysses_size = None
     if isinstance(mesh, DeviceMesh) and mesh.mesh_dim_names == RING_AND_ULYSSES:
         ulysses_size = mesh.size(1)
     rank, size = dist.get_rank(group), dist.get_world_size(group)

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import measure
+import predict
 import pytest
+import rates
 import report
 import torch
 import torch.nn.functional as F
@@ -196,3 +198,32 @@ def test_a_plot_is_the_same_again(tmp_path: Path) -> None:
         report.plot(ROWS, path)
     first, second = (path.read_bytes() for path in paths)
     assert first == second
+
+
+def test_a_rate_is_found_again() -> None:
+    calls = [(1e9 * n, 1e6 * m) for n in (1, 4, 16) for m in (1, 3, 9)]
+    seconds = [2e-5 + flops / 5e12 + 3e-12 * n for flops, n in calls]
+    assert rates.fit(calls, seconds) == pytest.approx((2e-5, 5e12, 3e-12))
+    # What a rate could only have by less than nothing, it has not.
+    seconds = [flops / 5e12 * (1 - 1e-9 * n) for flops, n in calls]
+    call_s, flops, row_s = rates.fit(calls, seconds)
+    assert call_s >= 0
+    assert row_s == 0
+    assert flops == pytest.approx(5e12, rel=0.05)
+
+
+def test_predictions_stand_beside_what_was_measured() -> None:
+    """A ring of two GPUs has half of the work of a causal square, at a GPU's rate."""
+    rows: dict[str, measure.Row] = {
+        "ring, 32:8 heads, 32768 tokens x 2, cuda": {"both_ms": 116.0},
+        "ring, Ulysses, 32:8 heads, 32768 tokens x 2, cuda": {"both_ms": 118.0},
+        "torch CP, all-to-all, 32:8 heads, 32768 tokens x 2, cuda": {"both_ms": 121.0},
+        "ring, 32:8 heads, 8192 tokens x 2, cuda": {"error": "out of memory"},
+    }
+    found = predict.compare(rows)
+    assert [tokens for tokens, _, _ in found.values()] == [32768, 32768]
+    (_, measured, ring), (_, _, ulysses) = found.values()
+    assert measured == 116.0
+    tflop = measure.Sizes(32, 8, 32768, 2).tflop
+    assert 480 < 3.5 * tflop / (ring / 1e3) < 600
+    assert ring < ulysses < 1.2 * ring  # the trade is paid, and hidden by nothing

@@ -1,14 +1,16 @@
-"""The layout for ``layout="auto"``: the cheapest by the cost model, and why."""
+"""What the cost model decides: layouts, and how many ranks deal out heads."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ringcompile.ir.layout import Layout, Side
-from ringcompile.ir.schedule import PartSpec
+from ringcompile.ir.schedule import PartSpec, Schedule
 from ringcompile.plan.cost import CPU, Machine, Sizes, estimate_seconds
 from ringcompile.plan.stages import build_schedule
 
+_SURE = 0.1  # by how much dealing out heads must be cheaper than a ring alone
 # Simplest first. striped never costs less than zigzag by more than the model's error.
 _CANDIDATES = ("contiguous", "zigzag")
 _CLOSE = 0.03  # the model is no better than this; a closer call goes to the simpler
@@ -93,3 +95,34 @@ def _format_reason(name: str, seconds: dict[str, float]) -> str:
         if other != name
     )
     return f"{name} costs least by the model ({relative})"
+
+
+@lru_cache(maxsize=256)
+def choose_ulysses(
+    schedules: tuple[Schedule, ...], length: int, sizes: Sizes, machine: Machine
+) -> tuple[Schedule, str]:
+    """Choose how many ranks deal out the heads of an attention.
+
+    Args:
+        schedules: of a ring over all ranks, then of groups that deal out heads.
+        length: tokens S, or a typical S.
+        sizes: of the attention.
+        machine: the rates to reckon with.
+
+    Returns:
+        The cheapest, the ring unless another is so by more than the model errs, and
+        the reason in words.
+    """
+    seconds = [
+        estimate_seconds(schedule, length, sizes=sizes, machine=machine)
+        for schedule in schedules
+    ]
+    least = min(seconds)
+    if seconds[0] <= least * (1 + _SURE):
+        return schedules[0], ""
+    best = schedules[seconds.index(least)]
+    times = seconds[0] / least
+    return best, (
+        f"heads over {best.ulysses.size} ranks cost least by the model (a ring over all"
+        f" {times:.2f}x)"
+    )

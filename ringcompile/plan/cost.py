@@ -1,7 +1,7 @@
 """Cost: seconds that a schedule takes on a machine, by flops and by alpha-beta hops.
 
 A stage is computed while the hops of the next fly, so it takes the longer of the two on
-the slowest rank. It ranks layouts; it does not predict a wall clock.
+the slowest rank. What the host takes is not counted, nor what models do beside.
 """
 
 from dataclasses import dataclass, replace
@@ -15,43 +15,86 @@ from ringcompile.plan.traffic import GRAD_BYTES, count_sent_rows
 
 
 @dataclass(frozen=True, slots=True)
+class Rate:
+    """What calls of a kernel take.
+
+    Attributes:
+        call_s: seconds of any call.
+        flops: useful flops of forward per second, of backward too, which has 2.5 times
+            as many.
+        row_s: seconds for each element of Q: what is prepared, merged and summed.
+    """
+
+    call_s: float
+    flops: float
+    row_s: float = 0.0
+
+    def find_seconds(self, flops: float, elements: float) -> float:
+        """Of one call."""
+        return self.call_s + flops / self.flops + elements * self.row_s
+
+
+@dataclass(frozen=True, slots=True)
 class Machine:
     """Measured rates of one rank and its link.
 
     Attributes:
         name: what reports call it.
-        dense_flops: useful flops per second of a full tile.
-        causal_flops: the same of a causal square.
-        masked_flops: the same of a masked tile.
-        backward_factor: backward's seconds over forward's: five products instead of
-            two, at a lower rate.
-        kernel_s: what a kernel call costs beside its flops, its merge included.
+        full: of a tile in which all pairs count, forward and backward.
+        causal: of a causal square.
+        masked: of a masked tile.
         hop_s: what a hop costs beside its bytes.
         link_bytes: bytes per second of a hop.
+        trade_s: seconds for each element that ranks trade, beside its hop: it is laid
+            out before and behind. 0 where nothing of the kind was measured.
     """
 
     name: str
-    dense_flops: float
-    causal_flops: float
-    masked_flops: float
-    backward_factor: float
-    kernel_s: float
+    full: tuple[Rate, Rate]
+    causal: tuple[Rate, Rate]
+    masked: tuple[Rate, Rate]
     hop_s: float
     link_bytes: float
+    trade_s: float = 0.0
 
 
-H200 = Machine("H200, NCCL", 649e12, 620e12, 398e12, 3.1, 20e-6, 170e-6, 323e9)
-"""cuDNN at 16k tokens per GPU, masked tiles by flex, NCCL send/recv in bfloat16.
+_FULL = (Rate(14e-6, 620e12, 1.5e-12), Rate(38e-6, 215e12, 5.5e-12))
+_CAUSAL = (Rate(19e-6, 550e12, 1.5e-12), Rate(50e-6, 201e12, 7.5e-12))
+_MASKED = (Rate(20e-6, 398e12, 1.5e-12), Rate(50e-6, 154e12, 5.5e-12))
 
-Source: FACTS.md section 1. ``hop_s`` is what 4 MB at 22 GB/s take beyond 323 GB/s.
+H200 = Machine("H200, copies", _FULL, _CAUSAL, _MASKED, 30e-6, 370e9, 2e-12)
+"""cuDNN's kernels, flex for masked tiles, copies between GPUs, bfloat16, D = 128.
+
+Source: least squares over kernel calls of 1,024 to 32,768 rows and 4 to 32 heads, alone
+on one H200 (torch 2.11); their rates times 0.885, as a GPU that does nothing else gets
+slower, which is fitted to rings of 16,384 tokens on each of two; copies as FACTS.md
+section 1 has them. Of 14 other rings and trades there, of 4,096 to 32,768 tokens, half
+are predicted within 6 %, all within 16 %.
 """
 
-CPU = Machine("CPU, gloo", 25e9, 14e9, 3e9, 3.1, 1e-3, 0.4e-3, 0.3e9)
+H200_SENDS = replace(H200, name="H200, NCCL", hop_s=170e-6, link_bytes=323e9)
+"""The same, with NCCL's sends: 4 MB at 22 GB/s take that long beyond 323 GB/s."""
+
+CPU = Machine(
+    "CPU, gloo",
+    (Rate(1e-3, 25e9), Rate(3.1e-3, 8e9)),
+    (Rate(1e-3, 14e9), Rate(3.1e-3, 4.5e9)),
+    (Rate(1e-3, 3e9), Rate(3.1e-3, 0.97e9)),
+    0.4e-3,
+    0.3e9,
+)
 """aten's CPU flash kernel and the blocked loop in float32, D = 64, one thread.
 
 Source: measured on two cores of a busy x86 server, torch 2.13, S = 512 to 2,048; gloo
 between two processes of it, 4 bytes and 1 MB to 16 MB.
 """
+
+
+def find_machine(device_type: str, transport: str) -> Machine:
+    """What to reckon with on ranks of that device, by that option ``transport``."""
+    if device_type != "cuda":
+        return CPU
+    return H200_SENDS if transport == "p2p" else H200
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +127,11 @@ class Sizes:
     def flops_per_pair(self) -> int:
         """Forward flops of one (query, key) pair, all heads and batches."""
         return 4 * self.head_size * self.num_heads * self.batch
+
+    @property
+    def elements_per_query(self) -> int:
+        """Elements of Q in one row, all heads and batches."""
+        return self.head_size * self.num_heads * self.batch
 
     @property
     def elements_per_row(self) -> int:
@@ -120,17 +168,21 @@ def estimate_seconds(
             _compute_seconds(part, stage, sides, sizes, machine)
             for stage in part.stages
         ]
-        kv, dkv = (
-            [sum(hops.get((phase, n), 0.0) for n in stage) for stage in numbers]
-            for phase in (Phase.BACKWARD_KV, Phase.BACKWARD_DKV)
-        )
-        # Whatever the first stage fetches, nothing hides; what is sent home last too.
-        total += 2 * kv[0] + dkv[-1]
-        for n, seconds in enumerate(compute):
-            ahead = kv[n + 1] if n + 1 < len(kv) else 0.0
-            home = dkv[n - 1] if n else 0.0
-            total += max(seconds, ahead)
-            total += max(seconds * machine.backward_factor, ahead + home)
+
+        def fly(phase: Phase, stage: int, numbers: list[list[int]] = numbers) -> float:
+            """Hops of a stage; of one that isn't there, none."""
+            of_stage = numbers[stage] if 0 <= stage < len(numbers) else ()
+            return sum(hops.get((phase, n), 0.0) for n in of_stage)
+
+        # What the first stage fetches, nothing hides. Of backward, whose own tile is
+        # the last, that flies under what comes before.
+        total += fly(Phase.FORWARD_KV, 0)
+        for n, (forward, _) in enumerate(compute):
+            total += max(forward, fly(Phase.FORWARD_KV, n + 1))
+        for n, (_, backward) in enumerate(compute):
+            home = fly(Phase.BACKWARD_DKV, n - 1 if n else len(compute) - 1)
+            ahead = fly(Phase.BACKWARD_KV, n + 1 if n else 0)
+            total += max(backward, ahead + home)
     return total
 
 
@@ -139,10 +191,14 @@ def _find_exchange_seconds(
 ) -> float:
     """What ranks that deal out heads wait for, before and behind the ring."""
     size = schedule.ulysses.size
+    if size == 1:
+        return 0.0
     rows = schedule.layout.shard_size(length) / size
-    row_bytes = 2 * (sizes.num_heads + sizes.num_kv_heads) * sizes.head_size
-    num_bytes = rows * row_bytes * sizes.item_bytes * sizes.batch * (size - 1) / size
-    return 2 * (size - 1) * machine.hop_s + num_bytes / machine.link_bytes
+    row_elements = 2 * (sizes.num_heads + sizes.num_kv_heads) * sizes.head_size
+    elements = rows * row_elements * sizes.batch
+    num_bytes = elements * sizes.item_bytes * (size - 1) / size
+    hops = 2 * (size - 1) * machine.hop_s + num_bytes / machine.link_bytes
+    return hops + elements * machine.trade_s
 
 
 def _compute_seconds(
@@ -151,23 +207,28 @@ def _compute_seconds(
     sides: tuple[Side, Side],
     sizes: Sizes,
     machine: Machine,
-) -> float:
-    """Forward of a stage on the slowest rank."""
+) -> tuple[float, float]:
+    """Forward and backward of a stage, each on the slowest rank."""
     rates = {
-        Kernel.FULL: machine.dense_flops,
-        Kernel.CAUSAL: machine.causal_flops,
-        Kernel.MASKED: machine.masked_flops,
+        Kernel.FULL: machine.full,
+        Kernel.CAUSAL: machine.causal,
+        Kernel.MASKED: machine.masked,
     }
     cp_size = sides[0].layout.cp_size
-    seconds = [0.0] * cp_size
+    seconds = [[0.0] * cp_size for _ in "fb"]
     for step in stage:
         for rank, tile in enumerate(step.tiles):
             ranks = (rank, (rank - step.shift) % cp_size)
             for piece in tile.pieces:
-                pairs = count_pairs(part, piece, *sides, ranks=ranks)
-                flops = pairs * sizes.flops_per_pair
-                seconds[rank] += machine.kernel_s + flops / rates[piece.kernel]
-    return max(seconds)
+                flops = sizes.flops_per_pair * count_pairs(
+                    part, piece, *sides, ranks=ranks
+                )
+                start, stop = piece.q.resolve(sides[0].chunk or 0)
+                elements = sizes.elements_per_query * (stop - start)
+                for total, rate in zip(seconds, rates[piece.kernel], strict=True):
+                    total[rank] += rate.find_seconds(flops, elements)
+    forward, backward = map(max, seconds)
+    return forward, backward
 
 
 def _find_hop_seconds(

@@ -23,7 +23,8 @@ def plan(
     attend: Callable[..., Tensor],
     *inputs: Tensor,
     ranks: int = 4,
-    size: int = 2,
+    size: int | None = 2,
+    device: str = "cpu",
     **options: object,
 ) -> tuple[int, str]:
     """How many ranks deal out the heads of an attention, and its reason."""
@@ -35,7 +36,7 @@ def plan(
                 gm,
                 example_inputs,
                 options=RingOptions.from_user(options),
-                ranks=Ranks(1, ranks, "test", ulysses_size=size),
+                ranks=Ranks(1, ranks, "test", device, size),
                 sources="",
             )
         )
@@ -149,3 +150,20 @@ def test_others_are_a_ring_over_all_ranks(name: str) -> None:
     dealt, reason = plan(attend, *inputs, **options)
     assert dealt == 1
     assert reason.endswith(f"; a ring over all ranks: {because}")
+
+
+def test_the_cost_model_deals_out_heads_where_that_is_surely_cheaper() -> None:
+    """Short sequences over many GPUs: a ring has a hop for each of them."""
+    inputs = qkv(8, 8, 1024)
+    size, reason = plan(causal, *inputs, ranks=8, size=None, device="cuda")
+    assert size > 1
+    assert "by the model" in reason
+    assert "a ring over all 1." in reason or "a ring over all 2." in reason
+    for few in (
+        plan(causal, *inputs, ranks=8, size=None),  # what it costs on CPU is not known
+        plan(causal, *inputs, ranks=8, size=1, device="cuda"),
+        plan(causal, *qkv(7, 7, 1024), ranks=8, size=None, device="cuda"),
+        plan(causal, *qkv(8, 8, 1021), ranks=8, size=None, device="cuda"),
+    ):
+        assert few[0] == 1
+        assert "by the model (a ring" not in few[1]
