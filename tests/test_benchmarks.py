@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import measure
 import predict
@@ -10,6 +11,7 @@ import rates
 import report
 import torch
 import torch.nn.functional as F
+import traces
 from by_hand import attend_by_sdpa, attend_by_tiles, attend_gathered, attend_ulysses
 from memory import find_longest, fit
 from support.ranks import RankPool
@@ -227,3 +229,22 @@ def test_predictions_stand_beside_what_was_measured() -> None:
     tflop = measure.Sizes(32, 8, 32768, 2).tflop
     assert 480 < 3.5 * tflop / (ring / 1e3) < 600
     assert ring < ulysses < 1.2 * ring  # the trade is paid, and hidden by nothing
+
+
+def test_hops_lie_under_kernels_or_not() -> None:
+    def event(name: str, start: float, seconds: float, kind: str) -> dict[str, Any]:
+        return {"ph": "X", "name": name, "cat": kind, "ts": start, "dur": seconds}
+
+    events: list[dict[str, Any]] = [
+        event("sdpa", 0, 10, "kernel"),
+        event("merge", 9, 3, "kernel"),  # beside the first
+        event("Memcpy PtoP (Device -> Device)", 5, 4, "gpu_memcpy"),  # hidden
+        event("Memcpy PtoP (Device -> Device)", 11, 4, "gpu_memcpy"),  # a quarter is
+        event("Memcpy DtoD (Device -> Device)", 20, 4, "gpu_memcpy"),  # no hop
+        event("ncclDevKernel_SendRecv", 30, 2, "kernel"),  # no compute, though a kernel
+        {"ph": "i", "name": "a mark"},
+    ]
+    hops, kernels = traces.split_events(events)
+    assert kernels == [(0, 10), (9, 12)]
+    assert traces.find_share(hops, kernels) == (4 + 1) / (4 + 4 + 2)
+    assert traces.find_share([], kernels) == 1

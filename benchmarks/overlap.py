@@ -1,0 +1,74 @@
+"""How much of the time that hops take lies under kernels.
+
+    torchrun --nproc-per-node 2 benchmarks/overlap.py --trace traces
+
+Causal attention, four in a graph, forward and backward, as attention.py measures them,
+under torch's profiler. A hop's time is that of its copies between GPUs, or of NCCL's
+kernels; what waits for a peer that is late is none. Prints a line for each rank and
+size; ``--trace`` is a folder for what Perfetto shows.
+"""
+
+import argparse
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.distributed as dist
+from attention import PEERS
+from measure import Sizes, make_mesh
+from torch.distributed.device_mesh import DeviceMesh
+from torch.profiler import ProfilerActivity, profile
+from traces import find_share, split_events
+
+_STEPS = 3
+_ATTENTIONS = 4
+
+
+def trace_step(sizes: Sizes, mesh: DeviceMesh, peer: str, path: Path) -> None:
+    """Write a trace of this rank's steps."""
+    with PEERS[peer](sizes, mesh) as call:
+        grads = [torch.randn_like(out) for out in call.forward()]
+
+        def run() -> None:
+            for _ in range(_STEPS):
+                torch.autograd.grad(call.forward(), call.inputs, grads)
+            torch.cuda.synchronize()
+
+        run()
+        dist.barrier()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            run()
+    profiled.export_chrome_trace(str(path))
+
+
+def main() -> None:
+    """Trace each size and print what lies under kernels."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--heads", default="32:8")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 8192, 16384])
+    parser.add_argument("--peer", choices=PEERS, default="ring")
+    parser.add_argument("--trace", type=Path, help="a folder, which traces go to")
+    args = parser.parse_args()
+    mesh = make_mesh("cuda")
+    heads, kv_heads = map(int, args.heads.split(":"))
+    with ExitStack() as stack:
+        folder = args.trace or Path(stack.enter_context(TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        for tokens in args.tokens:
+            sizes = Sizes(heads, kv_heads, tokens, mesh.size(), _ATTENTIONS)
+            path = folder / f"{tokens}_tokens_rank_{dist.get_rank()}.json"
+            trace_step(sizes, mesh, args.peer, path)
+            hops, kernels = split_events(json.loads(path.read_text())["traceEvents"])
+            share = find_share(hops, kernels)
+            print(
+                f"{args.peer}, {sizes}, rank {dist.get_rank()}: {len(hops)} transfers,"
+                f" {share:.1%} of their time under kernels",
+                flush=True,
+            )
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
