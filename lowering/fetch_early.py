@@ -141,7 +141,8 @@ def _find_place(graph: Graph, head: Head, ring: Node) -> Node:
 
 def _is_ready(graph: Graph, head: Head, ring: Node, before: Node) -> bool:
     """Whether all that a head reads is there before a node."""
-    return _read_by(head, ring) <= set(takewhile(before.__ne__, graph.nodes))
+    earlier = takewhile(lambda node: node is not before, graph.nodes)
+    return _read_by(head, ring) <= set(earlier)
 
 
 def _read_by(head: Head, ring: Node) -> set[Node]:
