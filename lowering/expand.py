@@ -34,7 +34,9 @@ from ringcompile.lowering.fetch_early import (
     split_first_fetch,
 )
 from ringcompile.lowering.hops import SHARED
+from ringcompile.lowering.program import read_plan
 from ringcompile.lowering.ring import attend_ring, find_ring_gradients
+from ringcompile.plan.backward import fetches_first
 
 _LOOPS: Mapping[Callable[..., object] | str, Callable[..., list[Tensor]]] = (
     MappingProxyType(
@@ -48,13 +50,15 @@ _LOOPS: Mapping[Callable[..., object] | str, Callable[..., list[Tensor]]] = (
 COMMUNICATING = (ops.HOP, ops.ALL_GATHER, ops.ALL_REDUCE)
 
 
-def expand_rings(graph: Graph, *, can_call: bool) -> None:
+def expand_rings(graph: Graph, *, can_call: bool, may_fetch_ahead: bool = True) -> None:
     """Replace every ring op by what it does.
 
     Args:
         graph: of forward or backward, with fake values.
         can_call: whether rings that are alike may become calls of one graph; else each
             of them is written out.
+        may_fetch_ahead: whether what a ring fetches first may start before the ring
+            before it; else it starts with its own ring.
     """
     alike: dict[tuple[object, ...], list[Node]] = {}
     counts: Counter[tuple[object, ...]] = Counter()
@@ -62,26 +66,23 @@ def expand_rings(graph: Graph, *, can_call: bool) -> None:
         for node in graph.find_nodes(op="call_function", target=op):
             alike.setdefault(_describe(node), []).append(node)
             counts[_describe_plan(node)] += 1
-    bodies: dict[Node, GraphModule] = {}
+    bodies: list[GraphModule] = []
     heads: dict[Node, Head] = {}
     for nodes in alike.values():
         plan = str(nodes[0].kwargs["plan"])
         if counts[_describe_plan(nodes[0])] > 1:
             plan = rename_plan(plan, SHARED, "one of several attentions")
-        body = _trace(nodes[0], plan)
-        head = None
-        if nodes[0].target is ops.RING_BACKWARD:
-            head = split_first_fetch(body)
-        bodies |= dict.fromkeys(nodes, body)
-        heads |= {} if head is None else dict.fromkeys(nodes, head)
-    fetched = fetch_early(graph, heads)
-    for nodes in alike.values():
-        body = bodies[nodes[0]]
-        operands = {n: [*find_operands(n), *fetched.get(n, ())] for n in nodes}
+        bodies.append(_trace(nodes[0], plan))
+        is_backward = nodes[0].target is ops.RING_BACKWARD
+        if is_backward and fetches_first(read_plan(plan).schedule):
+            head = split_first_fetch(bodies[-1])
+            heads |= {} if head is None else dict.fromkeys(nodes, head)
+    fetched = fetch_early(graph, heads, is_ahead=may_fetch_ahead)
+    for nodes, body in zip(alike.values(), bodies, strict=True):
         if can_call and len(nodes) > 1 and _is_fixed(nodes[0]):
-            _call(graph, operands, body)
+            _call(graph, nodes, body, fetched)
         else:
-            _write_out(graph, operands, body)
+            _write_out(graph, nodes, body, fetched)
 
 
 def communicates(module: GraphModule) -> bool:
@@ -141,12 +142,16 @@ def _trace(node: Node, plan: str) -> GraphModule:
 
 
 def _call(
-    graph: Graph, operands: Mapping[Node, Sequence[Node]], body: GraphModule
+    graph: Graph,
+    nodes: Sequence[Node],
+    body: GraphModule,
+    fetched: Mapping[Node, Sequence[Node]],
 ) -> None:
     body.meta[OWN_MEMORY] = True
     pass_over(body)
     name = _add_child(graph, "shared_ring", body)
-    for node, values in operands.items():
+    for node in nodes:
+        values = [*find_operands(node), *fetched.get(node, ())]
         with graph.inserting_before(node):
             child = graph.get_attr(name)
         # The same node, so that Inductor does not find the values of all that follows
@@ -171,13 +176,18 @@ def _add_child(graph: Graph, name: str, child: object) -> str:
 
 
 def _write_out(
-    graph: Graph, operands: Mapping[Node, Sequence[Node]], body: GraphModule
+    graph: Graph,
+    nodes: Sequence[Node],
+    body: GraphModule,
+    fetched: Mapping[Node, Sequence[Node]],
 ) -> None:
     children = {
         n.target: _add_child(graph, str(n.target), getattr(body, str(n.target)))
         for n in body.graph.find_nodes(op="get_attr")
     }
-    for node, values in operands.items():
+    for node in nodes:
+        # Of the node as it is now: a ring before it may have been written out since.
+        values = [*find_operands(node), *fetched.get(node, ())]
         with graph.inserting_before(node):
             results = _copy(graph, body.graph, node, values, children)
         for item in list(node.users):

@@ -55,7 +55,7 @@ def split_first_fetch(body: GraphModule) -> Head | None:
 
 
 def _find_first_waits(graph: Graph) -> list[Node]:
-    """Those of the hops that start before anything is waited for or computed."""
+    """Those of the hops that start before anything is waited for."""
     waits = graph.find_nodes(op="call_function", target=WAIT_TENSOR)
     hops = graph.find_nodes(op="call_function", target=ops.HOP)
     if not waits or not hops:
@@ -93,12 +93,17 @@ def _read_instead(graph: Graph, waits: Sequence[Node]) -> None:
     graph.eliminate_dead_code()
 
 
-def fetch_early(graph: Graph, heads: Mapping[Node, Head]) -> dict[Node, list[Node]]:
+def fetch_early(
+    graph: Graph, heads: Mapping[Node, Head], *, is_ahead: bool = True
+) -> dict[Node, list[Node]]:
     """Write heads into a graph of rings, each start as early as it may be.
 
     Args:
         graph: of forward or backward.
         heads: of rings in it, as ``split_first_fetch`` cuts them.
+        is_ahead: whether starts may stand ahead of other rings, and of what else comes
+            before their own. Not in CUDA graphs: what a graph starts it has to wait
+            for, and Inductor may cut graphs between any two attentions.
 
     Returns:
         For each ring what its body reads beside its operands.
@@ -108,13 +113,14 @@ def fetch_early(graph: Graph, heads: Mapping[Node, Head]) -> dict[Node, list[Nod
     for n, ring in enumerate(rings):
         head = heads[ring]
         if ring not in copies:  # the first, or what it reads is made behind the last
-            copies[ring] = _start(graph, head, ring, _find_place(graph, head, ring))
+            place = _find_place(graph, head, ring) if is_ahead else ring
+            copies[ring] = _start(graph, head, ring, place)
         with graph.inserting_before(ring):
             for wait in head.waits:
                 copies[ring][wait] = graph.node_copy(wait, copies[ring].__getitem__)
         for following in rings[n + 1 : n + 2]:
             head = heads[following]
-            if _is_ready(graph, head, following, ring):
+            if is_ahead and _is_ready(graph, head, following, ring):
                 copies[following] = _start(graph, head, following, ring)
     return {ring: [copies[ring][w] for w in heads[ring].waits] for ring in rings}
 

@@ -56,7 +56,8 @@ _STEPS = 2**13
 _ATTENTIONS = 2**15
 
 SHARED = _ATTENTIONS - 1
-"""The number of several attentions that are compiled as one, which run in order."""
+"""The number of several attentions that are compiled as one, which run in order: none
+starts a hop before the one before it has waited for its own of that tag."""
 
 
 @dataclass(frozen=True, slots=True)

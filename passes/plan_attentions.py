@@ -228,19 +228,21 @@ class Planner:
             if refusal:
                 return ring, f"a ring over all ranks: {refusal}"
             return self._schedule(attention, *axes, ulysses_size=asked), ""
-        sizes = range(2, self._ranks.size + 1)
+        # What is best for this call's sizes need not be for another's.
+        region, length = attention.region, self._axes[number].length
+        heads = (region.q.shape[1], region.k.shape[1])
+        is_fixed = all(isinstance(n, int) for n in (*heads, length))
+        if asked == 1 or not self._machine.trade_s or not is_fixed:
+            return ring, ""
         others = [
             self._schedule(attention, *axes, ulysses_size=size)
-            for size in sizes
-            if asked is None
-            and self._machine.trade_s
-            and self._ranks.size % size == 0
+            for size in range(2, self._ranks.size + 1)
+            if self._ranks.size % size == 0
             and self._refuse_ulysses(attention, *axes, size=size) is None
         ]
         if not others:
             return ring, ""
-        length = size_hint(self._axes[number].length)
-        of_region = _find_sizes(attention.region)
+        of_region, length = _find_sizes(region), int(length)
         return choose_ulysses((ring, *others), length, of_region, self._machine)
 
     def _refuse_ulysses(

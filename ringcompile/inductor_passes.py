@@ -100,7 +100,9 @@ def first_pass(
                     other(graph, is_inference)
                 else:
                     other(graph)
-            run(graph, can_call=not (config.cpp_wrapper or config.triton.cudagraphs))
+            captures = config.triton.cudagraphs
+            can_call = not (config.cpp_wrapper or captures)
+            run(graph, can_call=can_call, may_fetch_ahead=not captures)
 
         def uuid(self) -> str | None:
             return uuid or None

@@ -173,7 +173,7 @@ class CopyEngine:
             self._published.record(here)
         if coming:
             flying = _Flying(self._device, self._idle_events)
-            flying.arrived.record(self._pulling)
+            flying.note_arrival(self._pulling)
             register_work(memory, flying)
         return received
 
@@ -244,12 +244,19 @@ class _Flying(Work):
     def __init__(self, device: int, idle_events: list[driver.Event]) -> None:
         super().__init__()
         self._device, self._idle_events = device, idle_events
-        self.arrived = idle_events.pop() if idle_events else driver.Event()
+        self._arrived: driver.Event | None = None
+
+    def note_arrival(self, stream: int) -> None:
+        """All that comes is there once the stream has got to here."""
+        self._arrived = self._idle_events.pop() if self._idle_events else driver.Event()
+        self._arrived.record(stream)
 
     def wait(self, _timeout: object = None) -> bool:
         """Order the current stream behind the copies; no host waits."""
-        self.arrived.block(current_stream_handle(self._device))
-        self._idle_events.append(self.arrived)  # what waits for it does so already
+        arrived, self._arrived = self._arrived, None
+        if arrived is not None:
+            arrived.block(current_stream_handle(self._device))
+            self._idle_events.append(arrived)  # what waits for it does so already
         return True
 
 

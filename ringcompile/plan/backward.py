@@ -52,6 +52,11 @@ def communications(schedule: Schedule, rank: int) -> tuple[Communication, ...]:
     return tuple(_take_part(turn, schedule.cp_size, rank) for turn in order)
 
 
+def fetches_first(schedule: Schedule) -> bool:
+    """Whether backward has to fetch before it can compute anything."""
+    return bool(_order_stages(schedule)[0])
+
+
 @dataclass(frozen=True, slots=True)
 class _Turn:
     """One step's hops on all ranks."""
@@ -69,14 +74,20 @@ def _order_forward(schedule: Schedule) -> Iterator[_Turn]:
 
 
 def _order_backward(schedule: Schedule) -> Iterator[_Turn]:
-    ordered: list[tuple[_Turn, ...]] = []
-    for first, *others in _number_steps(schedule, Phase.BACKWARD_KV):
-        ordered += [first, *others] if first else [*others, first]
+    ordered = _order_stages(schedule)
     yield from ordered[0]
     for stage, following in zip(ordered, (*ordered[1:], ()), strict=True):
         yield from following
         for turn in stage:
             yield replace(turn, phase=Phase.BACKWARD_DKV)
+
+
+def _order_stages(schedule: Schedule) -> list[tuple[_Turn, ...]]:
+    """The hops of each stage of backward; own tiles have none."""
+    ordered: list[tuple[_Turn, ...]] = []
+    for first, *others in _number_steps(schedule, Phase.BACKWARD_KV):
+        ordered += [first, *others] if first else [*others, first]
+    return ordered
 
 
 def _number_steps(

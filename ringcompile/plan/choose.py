@@ -10,7 +10,7 @@ from ringcompile.ir.schedule import PartSpec, Schedule
 from ringcompile.plan.cost import CPU, Machine, Sizes, estimate_seconds
 from ringcompile.plan.stages import build_schedule
 
-_SURE = 0.1  # by how much dealing out heads must be cheaper than a ring alone
+_SURE = 0.2  # by how much dealing out heads must be cheaper: more than the model errs
 # Simplest first. striped never costs less than zigzag by more than the model's error.
 _CANDIDATES = ("contiguous", "zigzag")
 _CLOSE = 0.03  # the model is no better than this; a closer call goes to the simpler

@@ -91,7 +91,10 @@ between two processes of it, 4 bytes and 1 MB to 16 MB.
 
 
 def find_machine(device_type: str, transport: str) -> Machine:
-    """What to reckon with on ranks of that device, by that option ``transport``."""
+    """What to reckon with on ranks of that device, by that option ``transport``.
+
+    ``auto`` is taken for copies, as between GPUs of one host.
+    """
     if device_type != "cuda":
         return CPU
     return H200_SENDS if transport == "p2p" else H200
@@ -174,15 +177,21 @@ def estimate_seconds(
             of_stage = numbers[stage] if 0 <= stage < len(numbers) else ()
             return sum(hops.get((phase, n), 0.0) for n in of_stage)
 
-        # What the first stage fetches, nothing hides. Of backward, whose own tile is
-        # the last, that flies under what comes before.
         total += fly(Phase.FORWARD_KV, 0)
         for n, (forward, _) in enumerate(compute):
             total += max(forward, fly(Phase.FORWARD_KV, n + 1))
-        for n, (_, backward) in enumerate(compute):
-            home = fly(Phase.BACKWARD_DKV, n - 1 if n else len(compute) - 1)
-            ahead = fly(Phase.BACKWARD_KV, n + 1 if n else 0)
-            total += max(backward, ahead + home)
+        # An own tile is the last of backward: what is fetched first then flies under
+        # what comes before the ring. What the last one sends home, nothing hides.
+        is_own_alone = not any(step.shift for step in part.stages[0])
+        order = list(range(len(compute)))
+        order = [*order[1:], 0] if is_own_alone else order
+        total += 0.0 if is_own_alone else fly(Phase.BACKWARD_KV, 0)
+        total += fly(Phase.BACKWARD_DKV, order[-1])
+        ends = zip([-1, *order[:-1]], order, [*order[1:], -1], strict=True)
+        for before, n, after in ends:
+            ahead = fly(Phase.BACKWARD_KV, after)
+            home = fly(Phase.BACKWARD_DKV, before)
+            total += max(compute[n][1], ahead + home)
     return total
 
 

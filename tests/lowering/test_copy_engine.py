@@ -1,5 +1,6 @@
 """What a hop by copies puts where, and who may ask for one; tests/gpu runs it."""
 
+from collections.abc import Iterator
 from unittest.mock import MagicMock
 
 import pytest
@@ -20,6 +21,13 @@ from ringcompile.lowering.transports.copy_engine import (
     cut_into_places,
 )
 from ringcompile.mesh import Ranks
+
+
+@pytest.fixture(autouse=True)
+def _no_driver_is_known() -> Iterator[None]:
+    driver._calls.cache_clear()
+    yield
+    driver._calls.cache_clear()
 
 
 @given(
@@ -113,24 +121,20 @@ def test_without_the_driver_ranks_send(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> None:
         raise OSError(name)
 
-    driver._calls.cache_clear()
     monkeypatch.setattr(driver, "CDLL", fail)
     assert not driver.is_here()
     monkeypatch.setattr(driver, "CDLL", lambda _name: object())  # an old one
     assert not driver.is_here()
     monkeypatch.setattr(driver, "CDLL", lambda _name: MagicMock())
     assert driver.is_here()
-    driver._calls.cache_clear()
 
 
 def test_a_drivers_failure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     library = MagicMock()
     library.cuMemcpyAsync.return_value = 0
     library.cuStreamWriteValue32_v2.return_value = 700
-    driver._calls.cache_clear()
     monkeypatch.setattr(driver, "CDLL", lambda _name: library)
     driver.copy(1024, 2048, 16, 7)
     library.cuMemcpyAsync.assert_called_once_with(1024, 2048, 16, 7)
     with pytest.raises(RuntimeError, match="cuStreamWriteValue32_v2 failed: 700"):
         driver.set_flag(1024, 1, 7)
-    driver._calls.cache_clear()

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -11,8 +12,10 @@ import torch
 from support.ranks import RankPool
 from support.ring_cases import Case, plan_text
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import ProcessGroup
 from torch.fx import Graph, GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from ringcompile import ops
@@ -37,6 +40,7 @@ class Seen:
         hops: tags of the hops outside of those.
         inside: tags of the hops of each called graph.
         orders: what graphs start, wait for and call.
+        sequences: the same, starts by their tags.
         chained: calls, and how many of them wait for the communication before them.
         results: out and gradients.
     """
@@ -46,12 +50,13 @@ class Seen:
     hops: list[list[str]] = field(default_factory=list)
     inside: list[list[str]] = field(default_factory=list)
     orders: list[list[str]] = field(default_factory=list)
+    sequences: list[list[str]] = field(default_factory=list)
     chained: list[tuple[int, int]] = field(default_factory=list)
     results: list[Tensor] = field(default_factory=list)
 
-    def expand(self, graph: Graph, *, can_call: bool) -> None:
+    def expand(self, graph: Graph, **how: bool) -> None:
         before = len(find(graph, ops.RING_FORWARD) + find(graph, ops.RING_BACKWARD))
-        expand_rings(graph, can_call=can_call)
+        expand_rings(graph, **how)
         graph.lint()
         if before == 0:  # a called graph, which Inductor's passes go over as well
             self.inside.append(read_tags(graph))
@@ -64,6 +69,13 @@ class Seen:
         names = {ops.HOP: "start", WAIT_TENSOR: "wait", call_graph: "ring"}
         order = [names[n.target] for n in graph.nodes if n.target in names]
         self.orders.append([name for name, _ in groupby(order)])
+        self.sequences.append(
+            [
+                str(Tag.decode(n.args[5])) if n.target is ops.HOP else "ring"
+                for n in graph.nodes
+                if n.target in {ops.HOP, call_graph}
+            ]
+        )
 
     def see_schedule(self, nodes: list[Any]) -> list[Any]:
         calls = [n for n in nodes if type(n.node).__name__ == "InvokeSubgraph"]
@@ -337,9 +349,47 @@ def test_where_inductor_calls_no_graph_each_is_written_out(ranks: RankPool) -> N
     written = ranks.run(run_rings, stacked, cases, WRITTEN_OUT, world_size=2)
     for one, other in zip(called, written, strict=True):
         assert other.calls == [[], []]
-        assert other.hops[0] == one.inside[0] * 2
-        assert sorted(other.hops[1]) == sorted([*one.hops[1], *one.inside[1] * 2])
+        for n, sequence in enumerate(one.sequences):
+            inside = {"ring": one.inside[n]}
+            called_tags = [tag for x in sequence for tag in inside.get(x, [x])]
+            assert other.sequences[n] == called_tags
         assert all(map(torch.equal, one.results, other.results))
+
+
+def test_a_ring_may_read_what_the_ring_before_gives() -> None:
+    """With nothing in between: the first is gone when the second is written out."""
+    group: Any = SimpleNamespace(size=lambda: 2, group_name="0")
+    plan = plan_text(CAUSAL, group, 1, timeout_s=60.0)
+    rows = CAUSAL.length // 2
+
+    def run(x: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        """Forward twice, then backward of both, each of what the last one gave."""
+        out, lse, *_ = ops.RING_FORWARD(x, k, v, [], [], None, plan=plan)
+        again, lse_again, *_ = ops.RING_FORWARD(out, k, v, [], [], None, plan=plan)
+        needed: Any = {"needed": [True, True, True, False], "num_blocks": None}
+        saved: Any = (out, k, v, [again], lse_again, [], [], None)
+        grad, *_ = ops.RING_BACKWARD(again, *saved, **needed, plan=plan)
+        saved = (x, k, v, [out], lse, [], [], None)
+        found: list[Tensor] = ops.RING_BACKWARD(grad, *saved, **needed, plan=plan)
+        return found
+
+    with FakeTensorMode():
+        inputs = [torch.empty(2, n, rows, 8) for n in (4, 2, 2)]
+        graph = make_fx(run)(*inputs)
+    expand_rings(graph.graph, can_call=False)
+    graph.graph.lint()
+    assert not find(graph.graph, ops.RING_FORWARD) + find(
+        graph.graph, ops.RING_BACKWARD
+    )
+    tags = read_tags(graph.graph)
+    assert [tag.partition(", ")[2] for tag in tags] == [
+        "backward KV, step 1",  # K and V are there from the start
+        "forward KV, step 1",
+        "forward KV, step 1",
+        "backward KV, step 1",
+        "backward dKV, step 1",
+        "backward dKV, step 1",
+    ]
 
 
 @pytest.mark.slow

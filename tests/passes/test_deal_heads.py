@@ -158,7 +158,7 @@ def test_the_cost_model_deals_out_heads_where_that_is_surely_cheaper() -> None:
     size, reason = plan(causal, *inputs, ranks=8, size=None, device="cuda")
     assert size > 1
     assert "by the model" in reason
-    assert "a ring over all 1." in reason or "a ring over all 2." in reason
+    assert "(a ring over all " in reason
     for few in (
         plan(causal, *inputs, ranks=8, size=None),  # what it costs on CPU is not known
         plan(causal, *inputs, ranks=8, size=1, device="cuda"),

@@ -15,7 +15,7 @@ def test_a_lookalike_is_no_attention(ranks: RankPool, name: str) -> None:
         assert record.refused == []
 
 
-@pytest.mark.parametrize("name", one_in(2, LOOKALIKES))
+@pytest.mark.parametrize("name", one_in(3, LOOKALIKES))
 def test_a_lookalike_beside_attention(ranks: RankPool, name: str) -> None:
     for record, faults in ranks.run(run_named, "beside", name):
         assert not faults

@@ -79,7 +79,7 @@ def run_case(
 
 
 @pytest.mark.parametrize("cp_size", [2, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", one_in(2, CASES), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", one_in(3, CASES), ids=lambda case: case.name)
 def test_an_op_equals_eager(ranks: RankPool, case: RuleCase, cp_size: int) -> None:
     for gathers, rings, warned in ranks.run(run_case, case.name, world_size=cp_size):
         assert gathers == case.gathers

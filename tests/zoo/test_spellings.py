@@ -35,7 +35,7 @@ def test_names_are_unique() -> None:
     assert len(RINGS) >= 155
 
 
-@pytest.mark.parametrize("spelling", one_in(3, ALL), ids=str)
+@pytest.mark.parametrize("spelling", one_in(4, ALL), ids=str)
 def test_explain_says_what_becomes_of_it(spelling: Spelling) -> None:
     model, inputs = make_call(spelling, torch.float32)
     with warnings.catch_warnings(), trained_on_cpu():

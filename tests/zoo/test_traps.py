@@ -43,7 +43,7 @@ def _name(trap: Callable[..., object]) -> str:
     return trap.__name__
 
 
-@pytest.mark.parametrize("trap", one_in(2, ON_TWO), ids=_name)
+@pytest.mark.parametrize("trap", one_in(3, ON_TWO), ids=_name)
 def test_a_trap_is_right_or_told(ranks: RankPool, trap: Trap) -> None:
     check_trap(ranks, trap)
 
@@ -66,7 +66,7 @@ def test_other_dtypes_on_cpu(ranks: RankPool, dtype: torch.dtype) -> None:
     check_trap(ranks, trap_effects.residual_in_place, Run(rtol, dtype))
 
 
-@pytest.mark.parametrize("name", one_in(2, KEPT))
+@pytest.mark.parametrize("name", one_in(3, KEPT))
 def test_a_mask_that_is_easy_to_misread(ranks: RankPool, name: str) -> None:
     check_trap(ranks, trap_masks.SdpaKept(name))
 
@@ -88,7 +88,7 @@ def test_a_trap_where_errors_are_wanted(ranks: RankPool, trap: Trap) -> None:
     check_trap(ranks, trap, Run(unsupported="error"))
 
 
-@pytest.mark.parametrize("trap", one_in(2, trap_gradients.DIFFERENT_RANKS), ids=_name)
+@pytest.mark.parametrize("trap", one_in(3, trap_gradients.DIFFERENT_RANKS), ids=_name)
 def test_ranks_that_differ_are_told(ranks: RankPool, trap: Trap) -> None:
     with pytest.raises(RankError) as caught:  # so that the pool makes groups anew
         ranks.run(run_differing, trap, timeout_s=HANG_S)
