@@ -22,13 +22,21 @@ _SEEDS = 2**31 - 1
 
 def raise_attention(gm: GraphModule, regions: tuple[Region, ...]) -> dict[Node, Region]:
     """Edit ``gm``; return the region of each new call."""
-    calls = {_replace(gm.graph, i, region): region for i, region in enumerate(regions)}
+    calls, results = {}, {}
+    for index, region in enumerate(regions):
+        call, results[region.output] = _write_call(gm.graph, index, region)
+        calls[call] = region
+    # Not before: a region may read what another one gives.
+    for output, result in results.items():
+        output.replace_all_uses_with(result)
+        gm.graph.erase_node(output)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return calls
 
 
-def _replace(graph: Graph, index: int, region: Region) -> Node:
+def _write_call(graph: Graph, index: int, region: Region) -> tuple[Node, Node]:
+    """The call, and what it gives in the shape of the region's output."""
     output = region.output
     with graph.inserting_before(output):
         dtype = output.meta["val"].dtype
@@ -48,9 +56,7 @@ def _replace(graph: Graph, index: int, region: Region) -> Node:
             result = _transpose(graph, call)
         result = _view(graph, result, shape_of(output))
     call.meta.update({k: x for k, x in output.meta.items() if k != "val"})
-    output.replace_all_uses_with(result)
-    graph.erase_node(output)
-    return call
+    return call, result
 
 
 def _write_seed(graph: Graph, q: Node) -> Node:
