@@ -85,7 +85,6 @@ def ring_attention(  # noqa: PLR0913 - the op's schema
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     with torch.autocast(device, enabled=False):
         q, k, v = trade_rows(q, k, v, plan=plan)
-        k, v = k.contiguous(), v.contiguous()  # one copy for all that reads them
         known, shares = choose_blocks(q, k, captures, plan=plan)
         out, lse = _Ring.apply(plan, shares, q, k, v, sinks, *biases, *known)  # type: ignore[no-untyped-call]
         divisor = read_plan(plan).schedule.mixing.divisor
@@ -241,7 +240,7 @@ def attend_ring(  # noqa: PLR0913 - the op's schema
 ) -> list[Tensor]:
     """Forward of ``ops.RING_FORWARD``: out, lse and maybe each part's own out."""
     record, hops = read_plan(plan), Hops(read_plan(plan))
-    k, v = k.contiguous(), v.contiguous()
+    k, v = k.contiguous(), v.contiguous()  # one copy for all hops
     own_outs: list[Tensor] = []
 
     is_last = len(record.schedule.parts) == 1 and sinks is None
