@@ -54,9 +54,9 @@ class RingOptions:
 
     Attributes:
         mesh: 1-D ``DeviceMesh``, one of the dims ``("ring", "ulysses")``, or process
-            group; None is the default group. On GPUs the cost model decides for one of
-            one dim whether ranks deal out heads. A group is compared by identity, a
-            mesh as ``DeviceMesh`` compares itself.
+            group; None is the default group. On GPUs, at fixed lengths, the cost model
+            decides for one of one dim whether ranks deal out heads. A group is compared
+            by identity, a mesh as ``DeviceMesh`` compares itself.
         attention: ``"exact"``, a hashable pattern of ``ringcompile.patterns``, or pairs
             (glob over modules' names, one of those): the first that matches holds.
         layout: Which positions each rank holds; ``auto`` decides by mask and cost, and

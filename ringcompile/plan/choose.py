@@ -105,7 +105,7 @@ def choose_ulysses(
 
     Args:
         schedules: of a ring over all ranks, then of groups that deal out heads.
-        length: tokens S, or a typical S.
+        length: tokens S.
         sizes: of the attention.
         machine: the rates to reckon with.
 
