@@ -12,8 +12,7 @@ its peers have enqueued before.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, zip_longest
-from math import prod
+from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
@@ -145,20 +144,22 @@ class CopyEngine:
             src: who sends.
 
         Returns:
-            What comes, one tensor for each of ``sent``, once its ``wait`` is over. They
-            lie in one memory, so that one copy brings them and one wait ends them.
+            What comes, one tensor for each of ``sent``, once its ``wait`` is over. Each
+            has memory of its own, as torch asks of an op's results.
         """
         here = current_stream_handle(self._device)
         is_captured = torch.cuda.is_current_stream_capturing()
         if not is_captured:
             # Hops leave in the order in which the host starts them, on any streams.
             self._published.block(here)
-        memory, received = _lay_out(sent, rows)
+        received = [
+            x.new_empty((*x.shape[:-2], n, x.shape[-1]))
+            for x, n in zip(sent, rows, strict=True)
+        ]
         first = self._first_place(tag)
-        sizes = tuple(x.nbytes for x in sent)
-        leaving = self._cut(sizes, first, self._rank, dst)
-        coming = self._cut((memory.numel(),), first, src, self._rank)
-        sources, target = [x.data_ptr() for x in sent], memory.data_ptr()
+        leaving = self._cut(tuple(x.nbytes for x in sent), first, self._rank, dst)
+        coming = self._cut(tuple(x.nbytes for x in received), first, src, self._rank)
+        sources, targets = ([x.data_ptr() for x in xs] for xs in (sent, received))
         # Part by part: each waits only for parts that all ranks have enqueued before,
         # though the streams may not run side by side. A copy within this GPU goes on
         # this stream: beside a large kernel it would wait for that one's end.
@@ -168,13 +169,14 @@ class CopyEngine:
             if comes is not None:
                 self._ready.record(here)
                 self._ready.block(self._pulling)
-                self._pull(comes, target, src)
+                self._pull(comes, targets, src)
         if not is_captured:
             self._published.record(here)
         if coming:
             flying = _Flying(self._device, self._idle_events)
             flying.note_arrival(self._pulling)
-            register_work(memory, flying)
+            for x in received:
+                register_work(x, flying)
         return received
 
     def _first_place(self, tag: Tag) -> int:
@@ -195,11 +197,12 @@ class CopyEngine:
             driver.copy(part.address + s.offset, source, size, stream)
         self._set(dst, _is_full(part.place), stream)
 
-    def _pull(self, part: _Part, target: int, src: int) -> None:
+    def _pull(self, part: _Part, targets: Sequence[int], src: int) -> None:
         self._take(src, _is_full(part.place), self._pulling)
         for s in part.slices:
             size = s.stop - s.start
-            driver.copy(target + s.start, part.address + s.offset, size, self._pulling)
+            target = targets[s.tensor] + s.start
+            driver.copy(target, part.address + s.offset, size, self._pulling)
         self._set(src, _is_free(part.place), self._pulling)
 
     def _cut_parts(
@@ -258,23 +261,6 @@ class _Flying(Work):
             arrived.block(current_stream_handle(self._device))
             self._idle_events.append(arrived)  # what waits for it does so already
         return True
-
-
-def _lay_out(
-    sent: Sequence[Tensor], rows: Sequence[int]
-) -> tuple[Tensor, list[Tensor]]:
-    """Memory for what comes, and its tensors, laid as ``cut_into_places`` lays them."""
-    shapes = [(*x.shape[:-2], n, x.shape[-1]) for x, n in zip(sent, rows, strict=True)]
-    sizes = [
-        -(-prod(shape) * x.itemsize // _ALIGNMENT) * _ALIGNMENT
-        for x, shape in zip(sent, shapes, strict=True)
-    ]
-    memory = sent[0].new_empty(sum(sizes), dtype=torch.uint8)
-    starts = [0, *accumulate(sizes[:-1])]
-    return memory, [
-        memory[start : start + prod(shape) * x.itemsize].view(x.dtype).view(shape)
-        for x, shape, start in zip(sent, shapes, starts, strict=True)
-    ]
 
 
 def _is_full(place: int) -> int:

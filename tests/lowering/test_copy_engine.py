@@ -17,7 +17,6 @@ from ringcompile.lowering.transports.copy_engine import (
     _BUDGET,
     _SHARE,
     CopyEngine,
-    _lay_out,
     cut_into_places,
 )
 from ringcompile.mesh import Ranks
@@ -86,35 +85,6 @@ transport='copy_engine'
   because: not every rank's GPU can read every other's memory
   instead: transport='auto', or 'p2p'""",
     )
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 300)), min_size=1, max_size=3),
-    st.integers(1, 4).map(lambda n: n * _ALIGNMENT),
-)
-def test_what_comes_lies_as_what_was_sent(
-    sizes: list[tuple[int, int]], capacity: int
-) -> None:
-    """A sender cuts tensors, a receiver one memory: they mean the same bytes."""
-    dtypes = (torch.bfloat16, torch.float32, torch.bfloat16)
-    sent = [
-        torch.randn(1, 2, rows, features).to(dtype)
-        for (rows, features), dtype in zip(sizes, dtypes, strict=False)
-    ]
-    memory, received = _lay_out(sent, [rows for rows, _ in sizes])
-    leaving = cut_into_places([x.nbytes for x in sent], capacity)
-    coming = cut_into_places([memory.numel()], capacity)
-    assert len(leaving) == len(coming)
-    for leaves, comes in zip(leaving, coming, strict=True):
-        place = torch.zeros(capacity, dtype=torch.uint8)
-        for s in leaves:
-            source = sent[s.tensor].view(-1).view(torch.uint8)
-            place[s.offset :][: s.stop - s.start] = source[s.start : s.stop]
-        (s,) = comes
-        memory[s.start : s.stop] = place[s.offset :][: s.stop - s.start]
-    for x, y in zip(sent, received, strict=True):
-        assert torch.equal(x, y)
-        assert y.is_contiguous()
 
 
 def test_without_the_driver_ranks_send(monkeypatch: pytest.MonkeyPatch) -> None:
