@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.ranks import RankPool
 from support.ring_cases import Case, join, run_cases, run_inference
+from support.sampling import slow
 
 from ringcompile.ir.layout import LAYOUTS
 from ringcompile.ir.mask import EmptyRow
@@ -27,7 +28,7 @@ def check(ranks: RankPool, world_size: int, cases: Sequence[Case]) -> None:
             assert error < LIMITS[case.dtype], (case, n, error)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, slow(4)])
 def test_every_pair_of_layouts(ranks: RankPool, world_size: int) -> None:
     check(
         ranks,

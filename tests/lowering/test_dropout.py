@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from support.compiling import compile_ring
 from support.ranks import RankError, RankPool
+from support.sampling import slow
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
@@ -130,8 +131,8 @@ def run_dropout(
 CELLS = [
     (2, "sdpa", "zigzag", "eager"),
     (3, "spelled out", "striped", "eager"),
-    (4, "sdpa", "contiguous", "aot_eager"),
-    (2, "sdpa", "hilbert", "eager"),
+    slow(4, "sdpa", "contiguous", "aot_eager"),
+    slow(2, "sdpa", "hilbert", "eager"),
     (2, "checkpointed", "contiguous", "aot_eager"),
 ]
 

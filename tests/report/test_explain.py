@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
+from support.sampling import slow
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.fx import GraphModule
@@ -323,7 +324,9 @@ class _WrittenOut(TorchDispatchMode):
         return run(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "hilbert"])
+@pytest.mark.parametrize(
+    "layout", ["contiguous", slow("zigzag"), "striped", slow("hilbert")]
+)
 def test_bytes_are_those_that_the_lowering_sends(layout: str) -> None:
     sent: dict[bool, int] = {}
 

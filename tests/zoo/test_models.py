@@ -1,6 +1,6 @@
 """The zoo: each model, by each implementation, against eager float64.
 
-CI runs six without Inductor. All of them, by hand (see also tests/print_models.py):
+CI runs four without Inductor. All of them, by hand (see also tests/print_models.py):
 
     pytest -q -m slow tests/zoo/test_models.py
 """
@@ -16,10 +16,8 @@ from support.zoo_runs import Cell, find_surprises, run_cell
 
 IN_CI: tuple[tuple[str, Attention], ...] = (
     ("gemma3", "sdpa"),
-    ("cohere", "sdpa"),
     ("roberta", "sdpa"),
     ("vit", "eager"),
-    ("clip", "sdpa"),
     ("nn.TransformerEncoder", "sdpa"),
 )
 ON_FOUR_RANKS = (

@@ -115,7 +115,7 @@ CURVES = {"layout": "hilbert", "block_order": "hilbert"}
     ("name", "cp_size", "layout"),
     [
         ("longnet", 2, "hilbert/48 x2"),
-        ("local window", 2, "hilbert x2"),
+        slow("local window", 2, "hilbert x2"),
         ("longnet", 1, "contiguous x1"),
     ],
 )
