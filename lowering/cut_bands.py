@@ -2,8 +2,9 @@
 
 Rows in runs of the window's length see, of one run of keys, those up to the diagonal
 and, of the run before, those from the diagonal on: kernels without a mask, all runs in
-one batch. Of a dilated window that is so for each class of rows. Where a window counts
-in blocks its edge is a stair: a diagonal, and a small triangle for each block of rows.
+one batch. Of a dilated window that is so for each class of rows; if it is narrow, one
+kernel with a mask computes all classes as a batch. Where a window counts in blocks its
+edge is a stair: a diagonal, and a small triangle for each block of rows.
 Invariant: a pair that counts is in exactly one call, and no other is.
 """
 
@@ -16,9 +17,10 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 from ringcompile.ir.layout import Side
-from ringcompile.ir.mask import K, Q
+from ringcompile.ir.mask import K, Mask, Q, at_least_zero, conjunction
 from ringcompile.ir.schedule import Coverage, Kernel, Piece
 from ringcompile.ir.sums import split_floor, split_terms
+from ringcompile.ir.text import format_mask
 from ringcompile.lowering.calls import Call, join_calls, rows
 from ringcompile.plan.coverage import Span, find_coverage
 from ringcompile.plan.tiles import Strip, find_parts
@@ -26,6 +28,7 @@ from ringcompile.plan.tiles import Strip, find_parts
 _MOST_CALLS = 16
 _MOST_CLASSES = 32
 _FAR = 2**40
+ANY_WIDTH = 2**42  # more than a band that has one edge
 LEAST_WINDOW = (16, 256)
 """Rows of a window below which one kernel with a mask is faster: on CPU, on a GPU."""
 
@@ -63,15 +66,19 @@ def cut_window(
     ranks: tuple[int, int],
     *,
     least_width: int,
+    may_be_narrow: bool = True,
 ) -> tuple[Call, ...] | None:
     """A piece under a mask as calls without one, if the mask keeps a wide band.
+
+    A narrow one that each of several classes of rows has is a call under a mask.
 
     Args:
         piece: of a tile, its rows those of shards.
         keeps: the mask.
         sides: where queries and keys lie, of known lengths.
         ranks: whose queries, whose keys.
-        least_width: rows of a band below which the piece stays.
+        least_width: rows of a band below which it is narrow.
+        may_be_narrow: whether to cut classes with such.
 
     Returns:
         The calls; None: it is no such band.
@@ -83,9 +90,14 @@ def cut_window(
     calls: list[Call] = []
     for q, kv in product(q_strips, kv_strips):
         found = _find_classes(keeps, q, kv)
-        if found is None or 0 < found[0].width < least_width:
+        if found is None:
             return None
         band, n = found
+        if 0 < band.width < least_width:
+            if n == 1 or not may_be_narrow:
+                return None
+            calls.append(_mask_classes(band, n, q, kv))
+            continue
         calls += (
             _move(call, q.row[1], kv.row[1], n)
             for call in cut_band(band, q.count[1] // n, kv.count[1] // n)
@@ -219,6 +231,21 @@ def _move(call: Call, q: int, kv: int, classes: int) -> Call:
         kv=rows(kv + classes * c, kv + classes * d),
         classes=classes,
     )
+
+
+def _mask_classes(band: Band, classes: int, q: Strip, kv: Strip) -> Call:
+    """One call under a mask that reads positions of the first class of rows.
+
+    The others lie as far apart, and see the same rows of theirs.
+    """
+    step = classes * q.span.stride
+    apart = Q - K - (q.span.start[1] - kv.span.start[1])
+    keeps = conjunction(
+        at_least_zero(apart - step * band.least),
+        at_least_zero(step * band.most - apart),
+    )
+    mask = format_mask(Mask(keeps))
+    return Call(q.rows, kv.rows, Kernel.MASKED, classes=classes, mask=mask)
 
 
 def cut_band(band: Band, num_q: int, num_kv: int) -> list[Call]:

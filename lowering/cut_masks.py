@@ -72,7 +72,8 @@ def cut_masked(
         return (piece,)
     calls: tuple[Piece, ...] = ()
     for way in ways:
-        calls = cut_window(piece, way, *where, least_width=_WIDER * least_width) or ()
+        wide = {"least_width": _WIDER * least_width, "may_be_narrow": False}
+        calls = cut_window(piece, way, *where, **wide) or ()
         if calls:
             mask = replace(mask, keeps=conjunction(mask.keeps, negate(way)))
             break

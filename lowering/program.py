@@ -17,7 +17,7 @@ from ringcompile.ir.layout import Side
 from ringcompile.ir.schedule import Kernel, Part, Piece, Rows, Selection, Step, Tile
 from ringcompile.ir.text import format_mask, parse_plan
 from ringcompile.lowering.calls import Call
-from ringcompile.lowering.cut_bands import LEAST_WINDOW
+from ringcompile.lowering.cut_bands import ANY_WIDTH, LEAST_WINDOW, cut_window
 from ringcompile.lowering.cut_masks import cut_masked
 from ringcompile.lowering.cut_selected import Compact, cut_selected
 from ringcompile.lowering.hops import Phase, Tag
@@ -260,11 +260,14 @@ def _build_tile(
 def _cut_pieces(
     part: Part, tile: Tile, num_heads: int, frame: Frame, owner: int
 ) -> Iterator[Piece]:
-    """The pieces, what of them needs no mask as calls without one."""
+    """The pieces, what of them needs no mask as calls without one.
+
+    Where all kernels have a mask only classes of rows are told apart.
+    """
     plan = frame.plan
     sides = plan.schedule.q_side, plan.schedule.kv_side
     may_cut = (
-        plan.takes_dense_kernels
+        plan.is_dense
         and plan.block_order == "natural"
         and part.mask.choice is None
         and None not in {side.length for side in sides}
@@ -274,10 +277,17 @@ def _cut_pieces(
             yield piece
             continue
         with outside_tracing():  # tables of a mask are tensors
-            calls = cut_masked(
-                *(piece, part.mask, num_heads, sides, (plan.rank, owner)),
-                least_width=LEAST_WINDOW[frame.device.type == "cuda"],
-            )
+            where = sides, (plan.rank, owner)
+            if plan.takes_dense_kernels:
+                least = LEAST_WINDOW[frame.device.type == "cuda"]
+                calls = cut_masked(
+                    piece, part.mask, num_heads, *where, least_width=least
+                )
+            else:
+                classes = cut_window(
+                    piece, part.mask.keeps, *where, least_width=ANY_WIDTH
+                )
+                calls = classes or (piece,)
         yield from calls
 
 

@@ -45,33 +45,38 @@ class SomeRows:
         length: tokens S.
         rank: whose shard.
         runs: the rows, first and end of each run.
+        step: of the rows in runs every so many-th, from the first on.
     """
 
     layout: Layout
     length: int
     rank: int
     runs: tuple[tuple[int, int], ...]
+    step: int = 1
 
     def positions(self) -> tuple[int, ...]:
         """Their global positions."""
         at = self.layout.positions(self.rank, self.length)
-        return tuple(p for start, stop in self.runs for p in at[start:stop])
+        rows = tuple(p for start, stop in self.runs for p in at[start:stop])
+        return rows[:: self.step]
 
     def __str__(self) -> str:
         runs = "+".join(f"{start}:{stop}" for start, stop in self.runs)
         layout = self.layout
-        return f"{layout.key} {layout.cp_size} {self.length} {self.rank} {runs}"
+        place = f"{layout.key} {layout.cp_size} {self.length} {self.rank}"
+        return f"{place} {runs} {self.step}"
 
     @classmethod
     def parse(cls, text: str) -> "SomeRows":
         """Read back what ``str`` gave."""
-        key, cp_size, length, rank, runs = text.split(" ")
+        key, cp_size, length, rank, runs, step = text.split(" ")
         ends = (run.split(":") for run in runs.split("+"))
         return cls(
             Layout.parse(key, int(cp_size)),
             int(length),
             int(rank),
             tuple((int(start), int(stop)) for start, stop in ends),
+            int(step),
         )
 
 

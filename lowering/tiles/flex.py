@@ -17,8 +17,8 @@ from ringcompile import ops
 from ringcompile.ir.evaluate import evaluate
 from ringcompile.ir.layout import Layout, Side
 from ringcompile.ir.mask import has_captures
-from ringcompile.ir.schedule import Piece
 from ringcompile.ir.text import parse_mask
+from ringcompile.lowering.calls import Call
 from ringcompile.lowering.program import PartProgram, TileProgram
 from ringcompile.lowering.rows import Size
 from ringcompile.lowering.tiles.block_lists import BLOCK, ListSpec, SomeRows
@@ -96,20 +96,20 @@ class _Masking:
 def attend(
     part: PartProgram,
     tile: TileProgram,
-    piece: Piece,
+    call: Call,
     qkv: tuple[Tensor, Tensor, Tensor],
     positions: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Out and lse of a piece, float32.
+    """Out and lse of a call, float32.
 
     Args:
         part: the part it belongs to.
         tile: the tile it belongs to.
-        piece: its rows.
+        call: its rows; its classes are batches.
         qkv: q, k and v of its rows.
         positions: of its queries and keys, ``(1, n)``.
     """
-    masking = _build_masking(part, tile, piece, qkv[0].shape[:2], positions)
+    masking = _build_masking(part, tile, call, qkv[0].shape[:2], positions)
     out, lse = flex_forward(
         *qkv,
         masking.lists,
@@ -124,13 +124,13 @@ def attend(
 def attend_backward(
     part: PartProgram,
     tile: TileProgram,
-    piece: Piece,
+    call: Call,
     tensors: Sequence[Tensor],
     positions: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv of a piece; ``tensors`` as of ``dense.attend_backward``."""
+    """dq, dk and dv of a call; ``tensors`` as of ``dense.attend_backward``."""
     grad_out, q, k, v, out, lse = tensors
-    masking = _build_masking(part, tile, piece, q.shape[:2], positions)
+    masking = _build_masking(part, tile, call, q.shape[:2], positions)
     return flex_backward(
         *(q, k, v, out, lse / _LN_2, grad_out),
         masking.lists,
@@ -143,13 +143,13 @@ def attend_backward(
 def _build_masking(
     part: PartProgram,
     tile: TileProgram,
-    piece: Piece,
+    call: Call,
     sizes: Sequence[Size],
     positions: tuple[Tensor, Tensor],
 ) -> _Masking:
     """``sizes``: how many batches and heads there are."""
     q_pos, k_pos = (x[0] for x in positions)
-    mask = parse_mask(part.mask_of(piece))
+    mask = parse_mask(part.mask_of(call))
     schedule = part.frame.plan.schedule
     b, h = (_count_up(size, q_pos.device) for size in sizes)
     q_at, k_at = q_pos.view(1, 1, -1, 1), k_pos.view(1, 1, 1, -1)
@@ -165,7 +165,7 @@ def _build_masking(
     elif is_open:
         lists = _list_all(q_pos, k_pos)
     else:
-        spec = ListSpec(mask, int(sizes[1]), *_find_rows(part, tile, piece))
+        spec = ListSpec(mask, int(sizes[1]), *_find_rows(part, tile, call))
         lists = BlockLists(*ops.BLOCK_LISTS(str(spec), device=q_pos.device))
     return _Masking(lists, read_ahead(keeps, pairs))
 
@@ -175,16 +175,16 @@ def _count_up(size: Size, device: torch.device) -> Tensor:
 
 
 def _find_rows(
-    part: PartProgram, tile: TileProgram, piece: Piece
+    part: PartProgram, tile: TileProgram, call: Call
 ) -> tuple[SomeRows, SomeRows]:
-    """A piece's queries and keys, of known lengths."""
+    """A call's queries and keys, of known lengths; of classes those of the first."""
     plan = part.frame.plan
     (q_layout, q_length), (layout, length) = (
         _read_side(side) for side in (plan.schedule.q_side, plan.schedule.kv_side)
     )
-    q_rows = piece.q.resolve(q_layout.chunk_size(q_length))
+    q_rows = call.q.resolve(q_layout.chunk_size(q_length))
     chunk = layout.chunk_size(length)
-    start, stop = piece.kv.resolve(chunk)
+    start, stop = call.kv.resolve(chunk)
     runs, before = [], 0
     for run in tile.needs:  # laid end to end
         first, end = run.resolve(chunk)
@@ -192,8 +192,8 @@ def _find_rows(
         runs += [(first + a, first + b)] if a < b else []
         before += end - first
     return (
-        SomeRows(q_layout, q_length, plan.rank, (q_rows,)),
-        SomeRows(layout, length, tile.owner, tuple(runs)),
+        SomeRows(q_layout, q_length, plan.rank, (q_rows,), call.classes),
+        SomeRows(layout, length, tile.owner, tuple(runs), call.classes),
     )
 
 

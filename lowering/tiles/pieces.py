@@ -34,22 +34,23 @@ def attend_piece(
     chunk, scale = part.frame.chunk, part.frame.plan.scale
     q = take_rows(q, piece.q, chunk)
     k, v = (take_rows(x, piece.kv, part.frame.kv_chunk) for x in kv)
+    view = View.of(piece, q)
+    q, k, v = map(view.take, (q, k, v))
     if _is_dense(part, piece):
-        view = View.of(piece, q)
         is_causal = piece.kernel is Kernel.CAUSAL
-        found = attend(*map(view.take, (q, k, v)), is_causal=is_causal, scale=scale)
-        return view.put_queries(*found)
-    if flex.takes(part, q, v):
-        positions = _positions(part, tile, piece)
-        return flex.attend(part, tile, piece, (q, k, v), positions)
-    out, lse = ops.MASKED_ATTENTION(
-        *(q, k, v, *_positions(part, tile, piece), *_read(part, piece)),
-        mask=part.mask_of(piece),
-        scale=scale,
-        block_order=part.frame.plan.block_order,
-        **_options(part),
-    )
-    return out, lse
+        out, lse = attend(q, k, v, is_causal=is_causal, scale=scale)
+    elif flex.takes(part, q, v):
+        positions = _positions(part, tile, view.call)
+        out, lse = flex.attend(part, tile, view.call, (q, k, v), positions)
+    else:
+        out, lse = ops.MASKED_ATTENTION(
+            *(q, k, v, *_positions(part, tile, view.call), *_read(part, piece)),
+            mask=part.mask_of(piece),
+            scale=scale,
+            block_order=part.frame.plan.block_order,
+            **_options(part),
+        )
+    return view.put_queries(out, lse)
 
 
 def piece_gradients(
@@ -77,28 +78,26 @@ def piece_gradients(
     chunk, scale = part.frame.chunk, part.frame.plan.scale
     grad_out, q, out, lse = (take_rows(x, piece.q, chunk) for x in queries)
     k, v = (take_rows(x, piece.kv, part.frame.kv_chunk) for x in kv)
-    tensors = (grad_out, q, k, v, out, lse)
+    view = View.of(piece, q)
+    tensors = tuple(map(view.take, (grad_out, q, k, v, out, lse)))
     if _is_dense(part, piece):
-        view = View.of(piece, q)
         is_causal = piece.kernel is Kernel.CAUSAL
-        taken = map(view.take, tensors)
-        return view.put_gradients(
-            *attend_backward(*taken, is_causal=is_causal, scale=scale)
+        dq, dk, dv = attend_backward(*tensors, is_causal=is_causal, scale=scale)
+    elif flex.takes(part, q, v):
+        positions = _positions(part, tile, view.call)
+        dq, dk, dv = flex.attend_backward(part, tile, view.call, tensors, positions)
+    else:
+        positions = _positions(part, tile, view.call)
+        dq, dk, dv, *d_biases = ops.MASKED_ATTENTION_BACKWARD(
+            *(*tensors, *positions, *_read(part, piece)),
+            mask=part.mask_of(piece),
+            scale=scale,
+            block_order=part.frame.plan.block_order,
+            learned=[n for n, bias in enumerate(part.biases) if bias.is_learned],
+            **_options(part),
         )
-    if flex.takes(part, q, v):
-        positions = _positions(part, tile, piece)
-        return flex.attend_backward(part, tile, piece, tensors, positions)
-    positions = _positions(part, tile, piece)
-    dq, dk, dv, *d_biases = ops.MASKED_ATTENTION_BACKWARD(
-        *(*tensors, *positions, *_read(part, piece)),
-        mask=part.mask_of(piece),
-        scale=scale,
-        block_order=part.frame.plan.block_order,
-        learned=[n for n, bias in enumerate(part.biases) if bias.is_learned],
-        **_options(part),
-    )
-    of_biases.add(piece, positions[1], tuple(d_biases))
-    return dq, dk, dv
+        of_biases.add(piece, positions[1], tuple(d_biases))
+    return view.put_gradients(dq, dk, dv)
 
 
 class BlockSums:
@@ -119,7 +118,8 @@ class BlockSums:
             assert piece.kernel is Kernel.MASKED, "the mask reads the choice"
             grad_out, q, out, lse = (take_rows(x, piece.q, chunk) for x in queries)
             k, v = (take_rows(x, piece.kv, chunk) for x in kv)
-            tensors = (grad_out, q, k, v, out, lse, *_positions(part, tile, piece))
+            positions = _positions(part, tile, View.of(piece, q).call)
+            tensors = (grad_out, q, k, v, out, lse, *positions)
             self._sums.append(
                 ops.BLOCK_GRADIENTS(
                     *(*tensors, *_read(part, piece), self._num_blocks, choice.block),
@@ -158,7 +158,7 @@ def _options(part: PartProgram) -> dict[str, object]:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The rows and heads of a dense call as a kernel takes them: groups as batches.
+    """The rows and heads of a call as a kernel takes them: groups, classes as batches.
 
     Attributes:
         call: the runs of rows, and the query heads that take part.
@@ -248,14 +248,18 @@ def _is_dense(part: PartProgram, piece: Piece) -> bool:
 
 
 def _positions(
-    part: PartProgram, tile: TileProgram, piece: Piece
+    part: PartProgram, tile: TileProgram, call: Call
 ) -> tuple[Tensor, Tensor]:
-    """Global positions of a piece's queries and keys, ``(heads or 1, n)``."""
+    """Global positions of a call's queries and keys, ``(heads or 1, n)``.
+
+    Those of the first of its classes, which its mask reads.
+    """
     frame = part.frame
     assert tile.reads is not None, "a piece reads rows"
     q_pos = part.queries.positions(frame.q_positions())
     k_pos = tile.reads.positions(frame.kv_positions(tile.owner))
-    return (
-        take_rows(q_pos, piece.q, frame.chunk, dim=1),
-        take_rows(k_pos, piece.kv, frame.kv_chunk, dim=1),
-    )
+    q_pos = take_rows(q_pos, call.q, frame.chunk, dim=1)
+    k_pos = take_rows(k_pos, call.kv, frame.kv_chunk, dim=1)
+    if call.classes == 1:
+        return q_pos, k_pos
+    return q_pos[:, :: call.classes], k_pos[:, :: call.classes]

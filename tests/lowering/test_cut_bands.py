@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -33,9 +34,9 @@ from ringcompile.ir.mask import (
     window,
 )
 from ringcompile.ir.schedule import Kernel, Piece
-from ringcompile.ir.text import format_plan
+from ringcompile.ir.text import format_plan, parse_mask
 from ringcompile.lowering.calls import Call, rows
-from ringcompile.lowering.cut_bands import Band, cut_band, cut_window
+from ringcompile.lowering.cut_bands import ANY_WIDTH, Band, cut_band, cut_window
 from ringcompile.lowering.program import build_program
 from ringcompile.lowering.tiles.dense import attend, attend_backward
 from ringcompile.lowering.tiles.pieces import View
@@ -153,8 +154,9 @@ MASKS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("cp_size", "length"), [(1, 40), (2, 64), (3, 61), (4, 96)])
+@pytest.mark.parametrize("least_width", [2, ANY_WIDTH])
 def test_calls_of_all_tiles_are_the_mask(
-    layout: str, mask: str, cp_size: int, length: int
+    layout: str, mask: str, cp_size: int, length: int, least_width: int
 ) -> None:
     curve = (16, 2) if layout == "hilbert" else ()
     keeps, where = MASKS[mask], Layout(layout, cp_size, *curve)
@@ -171,7 +173,8 @@ def test_calls_of_all_tiles_are_the_mask(
             ]
             for piece in tile.pieces:
                 calls = cut_window(
-                    piece, keeps, (side, side), (q_rank, kv_rank), least_width=2
+                    *(piece, keeps, (side, side), (q_rank, kv_rank)),
+                    least_width=least_width,
                 )
                 if calls is None:
                     rows = (
@@ -184,15 +187,31 @@ def test_calls_of_all_tiles_are_the_mask(
                     continue
                 cut_some = True
                 q, k = (p[p < length] for p in places)
-                total[q[:, None], k] += count_pairs(calls, len(q), len(k))
+                count_masked = partial(_count_first_class, q, k)
+                total[q[:, None], k] += count_pairs(calls, len(q), len(k), count_masked)
     at = torch.arange(length)
     zero = torch.zeros((), dtype=torch.int64)
     want = evaluate(keeps, (zero, zero, at[:, None], at), ())
     assert torch.equal(total, want.expand(length, length).long())
     is_cut = layout != "hilbert" and ("window" in mask or "edge" in mask)
+    if least_width == ANY_WIDTH:
+        is_cut = layout == "contiguous" and mask == "dilated" and length != 61
     if "blocks" in mask:  # chunks are whole ones
         is_cut &= layout == "contiguous" and length % (4 * cp_size) == 0
     assert cut_some or not is_cut
+
+
+def _count_first_class(q: Tensor, k: Tensor, call: Call) -> Tensor:
+    """Of a call under a mask the pairs of a class: those that the first class has."""
+    assert call.classes > 1
+    assert call.mask is not None
+    of_q, of_k = (
+        at[of.start[1] : of.stop[1] : call.classes]
+        for at, of in ((q, call.q), (k, call.kv))
+    )
+    keeps = parse_mask(call.mask).keeps
+    zero = torch.zeros((), dtype=torch.int64)
+    return evaluate(keeps, (zero, zero, of_q[:, None], of_k), ()).long()
 
 
 def _of_piece(piece: Piece, keeps: object, q: Tensor, k: Tensor) -> Tensor:
@@ -223,6 +242,26 @@ def test_a_dilated_window_is_cut_by_class() -> None:
         for call in calls:
             assert isinstance(call, Call)
             assert call.classes == 4
+
+
+def test_a_narrow_dilated_window_is_one_call_whose_classes_are_a_batch() -> None:
+    layout, keeps = Layout("contiguous", 2), MASKS["dilated"]
+    side = Side(layout, 64)
+    (piece,) = build_tile(Mask(keeps), layout, 1, 1, 64).pieces
+    calls = cut_window(piece, keeps, (side, side), (1, 1), least_width=5)
+    assert calls is not None
+    (call,) = calls
+    assert (call.kernel, call.classes) == (Kernel.MASKED, 4)
+    assert [of.resolve(32) for of in (call.q, call.kv)] == [(0, 32), (0, 32)]
+    assert call.mask is not None
+    assert_expected_inline(
+        str(parse_mask(call.mask)),
+        """k <= q and q <= k + 12""",
+    )
+    of_some = cut_window(
+        *(piece, keeps, (side, side), (1, 1)), least_width=5, may_be_narrow=False
+    )
+    assert of_some is None
 
 
 def test_a_narrow_window_stays_masked() -> None:

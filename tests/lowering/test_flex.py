@@ -85,6 +85,7 @@ def test_every_tile_is_flex(ranks: RankPool, cp_size: int) -> None:
             ("documents", "zigzag", 48, "expanded", True),
             ("global local", "contiguous", 300, "eager", False),
             ("window", "striped", 300, "eager", False),
+            ("dilated window", "contiguous", 300, "expanded", False),
         )
     )
     by_rank = ranks.run(run_flex, cases, world_size=cp_size)

@@ -206,6 +206,9 @@ MASKS: dict[str, Callable[[Case], Parts]] = {
     "dilated window": _plain(
         m.causal() & m.window(51) & m.equals_zero(sympy.Mod(m.Q - m.K, 3))
     ),
+    "narrow dilated window": _plain(
+        m.causal() & m.window(20) & m.equals_zero(sympy.Mod(m.Q - m.K, 3))
+    ),
     "two-sided window": _plain(m.window(5, 7)),
     "documents": _plain(m.causal() & m.documents(0)),
     "padding": _plain(m.causal() & m.key_padding(1)),
