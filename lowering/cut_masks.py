@@ -34,7 +34,7 @@ from ringcompile.lowering.calls import Call, rows
 from ringcompile.lowering.cut_bands import cut_window
 from ringcompile.lowering.tiles.block_lists import BLOCK, EMPTY, FULL, mark_blocks
 
-_WIDER = 4  # a window beside other pairs, as its results are merged with theirs
+_WIDER = 2  # a window beside other pairs, as its results are merged with theirs
 _LEAST_SIDE = 8  # blocks of a rectangle's long side
 _MOST_RECTANGLES = 8
 _MOST_RUNS = 2  # of positions that a rectangle's rows are

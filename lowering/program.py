@@ -33,7 +33,7 @@ from ringcompile.lowering.rows import (
 )
 from ringcompile.lowering.scores import PartBias
 from ringcompile.lowering.selected import TableSpec, find_runs, find_selected
-from ringcompile.torch_private import outside_tracing
+from ringcompile.torch_private import has_flex_kernel, outside_tracing
 
 read_plan = lru_cache(maxsize=1024)(parse_plan)
 
@@ -141,12 +141,14 @@ class Frame:
         chunk: tokens in a chunk of queries.
         kv_chunk: tokens in a chunk of keys.
         device: where the shards lie.
+        least_window: rows of a window below which one kernel with a mask is faster.
     """
 
     plan: RankPlan
     chunk: Size
     kv_chunk: Size
     device: torch.device
+    least_window: int
 
     @property
     def shard(self) -> Span:
@@ -194,6 +196,7 @@ def build_program(
         chunk=_chunk_size(plan, schedule.q_side, q.shape[2]),
         kv_chunk=_chunk_size(plan, schedule.kv_side, k.shape[2]),
         device=q.device,
+        least_window=LEAST_WINDOW[has_flex_kernel(q)],
     )
     parts, number = [], 0
     for part in plan.schedule.parts:
@@ -279,9 +282,9 @@ def _cut_pieces(
         with outside_tracing():  # tables of a mask are tensors
             where = sides, (plan.rank, owner)
             if plan.takes_dense_kernels:
-                least = LEAST_WINDOW[frame.device.type == "cuda"]
                 calls = cut_masked(
-                    piece, part.mask, num_heads, *where, least_width=least
+                    *(piece, part.mask, num_heads, *where),
+                    least_width=frame.least_window,
                 )
             else:
                 classes = cut_window(

@@ -324,9 +324,17 @@ class BlockLists(NamedTuple):
     full_q: Tensor
 
 
-def is_traced() -> bool:
-    """Whether a graph is being compiled, rather than run."""
-    return TracingContext.try_get() is not None
+_FLEX_DTYPES = (torch.bfloat16, torch.float16)
+_FLEX_HEAD_SIZES = (16, 32, 64, 128, 256)
+
+
+def has_flex_kernel(x: Tensor) -> bool:
+    """Whether a fast flex kernel is generated for queries or values like ``x``.
+
+    That is while a graph is being compiled, rather than run.
+    """
+    fits = x.dtype in _FLEX_DTYPES and x.shape[-1] in _FLEX_HEAD_SIZES
+    return fits and x.is_cuda and TracingContext.try_get() is not None
 
 
 def flex_forward(  # noqa: PLR0913 - one attention's tensors

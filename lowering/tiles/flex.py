@@ -34,11 +34,9 @@ from ringcompile.torch_private import (
     BlockLists,
     flex_backward,
     flex_forward,
-    is_traced,
+    has_flex_kernel,
 )
 
-_DTYPES = (torch.bfloat16, torch.float16)
-_HEAD_SIZES = (16, 32, 64, 128, 256)
 _LN_2 = log(2.0)
 
 
@@ -65,8 +63,7 @@ def takes(part: PartProgram, q: Tensor, v: Tensor) -> bool:
         return False
     if plan.kernel == "flex":
         return True
-    fits = q.dtype in _DTYPES and {q.shape[-1], v.shape[-1]} <= set(_HEAD_SIZES)
-    return fits and q.is_cuda and is_traced()
+    return has_flex_kernel(q) and has_flex_kernel(v)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ringcompile import ops
 from ringcompile import patterns as p
-from ringcompile.lowering import cut_masks
+from ringcompile.lowering import cut_masks, program
 from ringcompile.lowering.tiles import flex, pieces
 from ringcompile.lowering.tiles.dense import attend as attend_dense
 
@@ -83,7 +83,33 @@ GPU_CASES = {
     "by head": CASES["by head"],
     "bigbird random": CASES["bigbird random"],
     "custom table": of_table(4, 250, 1000),
+    "dilated window": replace(
+        CASES["dilated window"],
+        pattern=p.DilatedWindow(100, 4),
+        counts=lambda H, _G, S: _dilated(H, S, 4, 100),
+    ),
 }
+
+
+def _dilated(num_heads: int, length: int, rate: int, window: int) -> Tensor:
+    at = torch.arange(length)
+    apart = (at[:, None] - at[None]).abs()
+    kept = (apart % rate == 0) & (apart <= window * rate)
+    return kept.expand(num_heads, length, length).int()
+
+
+def test_classes_of_a_narrow_dilated_window_are_one_kernel() -> None:
+    """Another window than that of other tests: what a cache holds is not traced."""
+    case = replace(GPU_CASES["dilated window"], pattern=p.DilatedWindow(101, 4))
+    seen = Mock(side_effect=flex.attend)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex, "attend", seen)
+        run(case, "inductor", "auto")
+    assert seen.call_count > 0
+    for call in seen.call_args_list:
+        *_, (q, k, v), _ = call.args
+        assert {x.shape[0] for x in (q, k, v)} == {4 * B}
+        assert {x.shape[2] for x in (q, k, v)} == {S // 4}
 
 
 def _near(num_heads: int, length: int, block: int, reach: int) -> Tensor:
@@ -194,6 +220,7 @@ def test_windows_by_dense_kernels_lose_no_more_than_one(name: str) -> None:
     want, base = wanted(case), run_dense(case)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flex, "attend", refuse)
+        patch.setattr(program, "LEAST_WINDOW", {True: 16})  # S is small
         got = run(case, "inductor", "auto")
     for what, ours, plain, exact in zip(NAMES, got, base, want, strict=True):
         assert_no_worse_than_one_rank(ours, plain, exact, f"{what}, {name}")
@@ -211,6 +238,7 @@ def test_a_window_beside_random_blocks_is_dense_and_loses_no_more() -> None:
     masked, dense = Mock(side_effect=flex.attend), Mock(side_effect=attend_dense)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cut_masks, "_WIDER", 1)
+        patch.setattr(program, "LEAST_WINDOW", {True: 256})
         patch.setattr(flex, "attend", masked)
         patch.setattr(pieces, "attend", dense)
         got = run(BIG_BIRD, "inductor", "auto")
