@@ -127,9 +127,11 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv of a call; ``tensors`` as of ``dense.attend_backward``."""
     grad_out, q, k, v, out, lse = tensors
+    # The kernel takes it for contiguous, and Inductor would lay it out as it is read.
+    lse = ops.STORE((lse / _LN_2).contiguous())
     masking = _build_masking(part, tile, call, q.shape[:2], positions)
     return flex_backward(
-        *(q, k, v, out, lse / _LN_2, grad_out),
+        *(q, k, v, out, lse, grad_out),
         masking.lists,
         masking.mask_mod,
         masking.buffers,
