@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from traces import find_share, split_events
 
 _STEPS = 3
-_ATTENTIONS = 4
+_ATTENTIONS = 8  # the first hop of a backward has nothing before it to fly under
 
 
 def trace_step(sizes: Sizes, mesh: DeviceMesh, peer: str, path: Path) -> None:
