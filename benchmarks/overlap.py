@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 benchmarks/overlap.py --trace traces
 
-Causal attention, four in a graph, forward and backward, as attention.py measures them,
+Causal attention, eight in a graph, forward and backward, as attention.py measures them,
 under torch's profiler. A hop's time is that of its copies between GPUs, or of NCCL's
 kernels; what waits for a peer that is late is none. Prints a line for each rank and
 size; ``--trace`` is a folder for what Perfetto shows.

@@ -8,6 +8,7 @@ same list of tags.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from itertools import chain, islice
@@ -52,6 +53,7 @@ from ringcompile.lowering.tiles.pieces import (
     attend_piece,
     piece_gradients,
 )
+from ringcompile.torch_private import find_autocast_dtype
 
 _T = TypeVar("_T")
 
@@ -81,9 +83,10 @@ def ring_attention(  # noqa: PLR0913 - the op's schema
         ``(B, H, T, E)`` in the dtype of ``q``.
     """
     device = q.device.type
-    if torch.is_autocast_enabled(device):  # as torch's own attention is autocast
-        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
-    with torch.autocast(device, enabled=False):
+    lowered = find_autocast_dtype(device)
+    if lowered is not None:  # as torch's own attention is autocast
+        q, k, v = (x.to(lowered) for x in (q, k, v))
+    with torch.autocast(device, enabled=False) if lowered else nullcontext():
         q, k, v = trade_rows(q, k, v, plan=plan)
         known, shares = choose_blocks(q, k, captures, plan=plan)
         out, lse = _Ring.apply(plan, shares, q, k, v, sinks, *biases, *known)  # type: ignore[no-untyped-call]

@@ -12,7 +12,11 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from ringcompile.passes.op import Op, call_arguments, is_tensor, read_op
-from ringcompile.torch_private import ENTER_AUTOCAST, EXIT_AUTOCAST
+from ringcompile.torch_private import (
+    ENTER_AUTOCAST,
+    EXIT_AUTOCAST,
+    find_autocast_dtype,
+)
 
 aten = torch.ops.aten
 
@@ -50,7 +54,7 @@ def has_autocast(graph: Graph) -> bool:
     """Whether any op of a graph may run under autocast."""
     devices = {n.meta["val"].device.type for n in graph.nodes if is_tensor(n)}
     return any(n.target is ENTER_AUTOCAST for n in graph.nodes) or any(
-        torch.is_autocast_enabled(device) for device in devices
+        find_autocast_dtype(device) is not None for device in devices
     )
 
 
@@ -73,8 +77,7 @@ def _find_dtype(device: str, entered: Sequence[Node]) -> torch.dtype | None:
             default = torch.get_autocast_dtype(device)
             chosen = dtype if isinstance(dtype, torch.dtype) else default
             return chosen if enabled else None
-    is_on = torch.is_autocast_enabled(device)  # around the whole graph
-    return torch.get_autocast_dtype(device) if is_on else None
+    return find_autocast_dtype(device)  # around the whole graph
 
 
 def _is_cast(node: Node, dtype: torch.dtype) -> bool:

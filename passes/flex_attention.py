@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ringcompile.passes.scalar_graphs import is_constant, is_identity, run_scalars
-from ringcompile.torch_private import flex_is_autocast
+from ringcompile.torch_private import find_autocast_dtype, flex_is_autocast
 
 NUM_POSITIONS = 4  # b, h, q and k
 
@@ -49,10 +49,10 @@ def write_flex_attention(
     q, k, v, score_mod, block_mask, scale, _, *buffers = arguments
     score_buffers, mask_buffers = (*buffers, (), ())[:2]
     device = q.device.type
-    is_lowered = torch.is_autocast_enabled(device)
-    if is_lowered and flex_is_autocast():
-        q, k, v = (_lower(x, torch.get_autocast_dtype(device)) for x in (q, k, v))
-    with torch.autocast(device, enabled=False) if is_lowered else nullcontext():
+    dtype = find_autocast_dtype(device)
+    if dtype is not None and flex_is_autocast():
+        q, k, v = (_lower(x, dtype) for x in (q, k, v))
+    with torch.autocast(device, enabled=False) if dtype else nullcontext():
         k, v = (_repeat(x, q) for x in (k, v))
         wide = torch.float64 if q.dtype is torch.float64 else torch.float32
         scores = q.to(wide) @ k.to(wide).mT * scale

@@ -324,6 +324,14 @@ class BlockLists(NamedTuple):
     full_q: Tensor
 
 
+def find_autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast lowers to there; None: it is off, or unknown, as to meta."""
+    if not torch.amp.is_autocast_available(device_type):
+        return None
+    is_on = torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if is_on else None
+
+
 _FLEX_DTYPES = (torch.bfloat16, torch.float16)
 _FLEX_HEAD_SIZES = (16, 32, 64, 128, 256)
 

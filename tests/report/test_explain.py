@@ -215,6 +215,15 @@ def test_a_refusal_is_reported_even_under_error() -> None:
     assert [a.status for a in found.attentions] == ["ring", "gathered"]
 
 
+def test_on_meta_the_report_is_the_same_and_takes_no_memory() -> None:
+    torch.manual_seed(0)
+    model = Model(False, False)
+    usual = explain(model, *inputs(), world_size=4)
+    on_meta = explain(model.to("meta"), *(x.to("meta") for x in inputs()), world_size=4)
+    assert [a.status for a in on_meta.attentions] == ["ring", "ring"]
+    assert str(on_meta) == str(usual)
+
+
 def test_one_rank_is_dense() -> None:
     found = explain(Model(False), *inputs(), world_size=1)
     assert [a.status for a in found.attentions] == ["dense"]
