@@ -1,9 +1,9 @@
 """Pieces under a mask as kernel calls without one, as far as that is faster.
 
-A window is dense calls (``cut_bands``). Where a mask keeps a window and other pairs,
-such as global and random blocks, the window is cut off, then rectangles of blocks that
-all count; what is left has a mask of its own. Invariant: a pair that counts is in
-exactly one call, and no other is.
+A window is dense calls, or a call whose classes of rows are told apart (``cut_bands``).
+Where a mask keeps a window and other pairs, such as global and random blocks, the
+window is cut off, then rectangles of blocks that all count; what is left has a mask of
+its own. Invariant: a pair that counts is in exactly one call, and no other is.
 """
 
 from collections.abc import Iterator
@@ -72,8 +72,9 @@ def cut_masked(
         return (piece,)
     calls: tuple[Piece, ...] = ()
     for way in ways:
-        wide = {"least_width": _WIDER * least_width, "may_be_narrow": False}
-        calls = cut_window(piece, way, *where, **wide) or ()
+        width = _WIDER * least_width
+        window = cut_window(piece, way, *where, least_width=width, may_be_narrow=False)
+        calls = window or ()
         if calls:
             mask = replace(mask, keeps=conjunction(mask.keeps, negate(way)))
             break

@@ -184,19 +184,19 @@ class Frame:
 def build_program(
     plan_text: str,
     q: Tensor,
-    k: Tensor,
+    v: Tensor,
     captures: Sequence[Tensor],
     biases: Sequence[PartBias] = (),
 ) -> tuple[PartProgram, ...]:
-    """Read a plan for shards as long as ``q`` and ``k``, ``(B, H, T, D)``."""
+    """Read a plan for shards like ``q`` and ``v``, ``(B, H, T, D)``."""
     plan = read_plan(plan_text)
     schedule = plan.schedule
     frame = Frame(
         plan,
         chunk=_chunk_size(plan, schedule.q_side, q.shape[2]),
-        kv_chunk=_chunk_size(plan, schedule.kv_side, k.shape[2]),
+        kv_chunk=_chunk_size(plan, schedule.kv_side, v.shape[2]),
         device=q.device,
-        least_window=LEAST_WINDOW[has_flex_kernel(q)],
+        least_window=LEAST_WINDOW[has_flex_kernel(q, v)],
     )
     parts, number = [], 0
     for part in plan.schedule.parts:
@@ -349,7 +349,11 @@ def _cut_selected(
         TableSpec(*place, owner, reader=rank).positions(),
     )
     with outside_tracing():  # it computes with tensors
-        return cut_selected(format_mask(part.mask), selection, at)
+        calls = cut_selected(format_mask(part.mask), selection, at)
+    if frame.plan.is_dense:
+        return calls
+    # Kernels with a mask take whole rows of all heads.
+    return tuple(Piece(call.q, call.kv, Kernel.MASKED) for call in calls)
 
 
 def _find_selected(

@@ -8,7 +8,6 @@ same list of tags.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from itertools import chain, islice
@@ -53,7 +52,7 @@ from ringcompile.lowering.tiles.pieces import (
     attend_piece,
     piece_gradients,
 )
-from ringcompile.torch_private import find_autocast_dtype
+from ringcompile.torch_private import find_autocast_dtype, without_autocast
 
 _T = TypeVar("_T")
 
@@ -86,7 +85,7 @@ def ring_attention(  # noqa: PLR0913 - the op's schema
     lowered = find_autocast_dtype(device)
     if lowered is not None:  # as torch's own attention is autocast
         q, k, v = (x.to(lowered) for x in (q, k, v))
-    with torch.autocast(device, enabled=False) if lowered else nullcontext():
+    with without_autocast(device):
         q, k, v = trade_rows(q, k, v, plan=plan)
         known, shares = choose_blocks(q, k, captures, plan=plan)
         out, lse = _Ring.apply(plan, shares, q, k, v, sinks, *biases, *known)  # type: ignore[no-untyped-call]
@@ -258,7 +257,7 @@ def attend_ring(  # noqa: PLR0913 - the op's schema
 
     level = find_level(record, biases, captures, q.shape[2])
     read = read_biases(record, biases, level)
-    parts = build_program(plan, q, k, captures, read)
+    parts = build_program(plan, q, v, captures, read)
     stages = _stages(parts, hops, Phase.FORWARD_KV, (k, v))
     out, lse = reduce(_merge, map(attend, parts))
     if sinks is not None:
@@ -320,7 +319,7 @@ def find_ring_gradients(  # noqa: PLR0913, PLR0917 - the op's schema
     shard = _Shard(lay_by_token(grad_out), q, k, v, lse, dtype)  # as out lies
     level = find_level(record, biases, captures, q.shape[2])
     read = read_biases(record, biases, level, needed[4:])
-    parts = build_program(plan, q, k, captures, read)
+    parts = build_program(plan, q, v, captures, read)
     of_blocks = None if num_blocks is None else BlockSums(num_blocks)
     of_parts = list(outs)
     if not record.schedule.mixing.is_detached:

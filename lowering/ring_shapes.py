@@ -25,7 +25,7 @@ def forward_shapes(
     lse = q.new_empty(q.shape[:3], dtype=ops.accumulation_dtype(q.dtype))
     if not read_plan(plan).schedule.mixing.is_detached:
         return [out, lse]
-    parts = build_program(plan, q, k, captures, ())
+    parts = build_program(plan, q, v, captures, ())
     own = [part.queries.own_rows for part in parts]
     chunk = parts[0].frame.chunk
     rows = [resolve(r.stop, chunk) - resolve(r.start, chunk) for r in own]

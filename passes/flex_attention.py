@@ -6,7 +6,6 @@ Invariant: the result is that of the fused kernels, rows that see no key include
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,11 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ringcompile.passes.scalar_graphs import is_constant, is_identity, run_scalars
-from ringcompile.torch_private import find_autocast_dtype, flex_is_autocast
+from ringcompile.torch_private import (
+    find_autocast_dtype,
+    flex_is_autocast,
+    without_autocast,
+)
 
 NUM_POSITIONS = 4  # b, h, q and k
 
@@ -52,7 +55,7 @@ def write_flex_attention(
     dtype = find_autocast_dtype(device)
     if dtype is not None and flex_is_autocast():
         q, k, v = (_lower(x, dtype) for x in (q, k, v))
-    with torch.autocast(device, enabled=False) if dtype else nullcontext():
+    with without_autocast(device):
         k, v = (_repeat(x, q) for x in (k, v))
         wide = torch.float64 if q.dtype is torch.float64 else torch.float32
         scores = q.to(wide) @ k.to(wide).mT * scale

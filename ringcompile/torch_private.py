@@ -5,7 +5,7 @@ Those of Inductor's passes are in ``inductor_passes``; there are no others.
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from types import FrameType, MappingProxyType
 from typing import Any, NamedTuple
@@ -55,6 +55,21 @@ WAIT_TENSOR = torch.ops._c10d_functional.wait_tensor.default  # noqa: SLF001
 """The op that ends communication."""
 
 # ---- tracing -------------------------------------------------------------------------
+
+
+def find_autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast lowers to there; None: it is off, or unknown, as to meta."""
+    if not torch.amp.is_autocast_available(device_type):
+        return None
+    is_on = torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if is_on else None
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Nothing is autocast inside."""
+    if find_autocast_dtype(device_type) is None:
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def is_fake(value: object) -> bool:
@@ -283,6 +298,8 @@ def emit_structured_trace(name: str, text: str) -> None:
 
 # ---- flex_attention ------------------------------------------------------------------
 
+_FLEX_DTYPES = (torch.bfloat16, torch.float16)
+_FLEX_HEAD_SIZES = (16, 32, 64, 128, 256)
 _FLEX_OPTIONS = MappingProxyType(
     {
         "OUTPUT_LOGSUMEXP": True,
@@ -324,25 +341,14 @@ class BlockLists(NamedTuple):
     full_q: Tensor
 
 
-def find_autocast_dtype(device_type: str) -> torch.dtype | None:
-    """What autocast lowers to there; None: it is off, or unknown, as to meta."""
-    if not torch.amp.is_autocast_available(device_type):
-        return None
-    is_on = torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if is_on else None
-
-
-_FLEX_DTYPES = (torch.bfloat16, torch.float16)
-_FLEX_HEAD_SIZES = (16, 32, 64, 128, 256)
-
-
-def has_flex_kernel(x: Tensor) -> bool:
-    """Whether a fast flex kernel is generated for queries or values like ``x``.
+def has_flex_kernel(q: Tensor, v: Tensor) -> bool:
+    """Whether a fast kernel is generated for queries and values like those.
 
     That is while a graph is being compiled, rather than run.
     """
-    fits = x.dtype in _FLEX_DTYPES and x.shape[-1] in _FLEX_HEAD_SIZES
-    return fits and x.is_cuda and TracingContext.try_get() is not None
+    sizes = {q.shape[-1], v.shape[-1]}
+    fits = q.dtype in _FLEX_DTYPES and sizes <= set(_FLEX_HEAD_SIZES)
+    return fits and q.is_cuda and TracingContext.try_get() is not None
 
 
 def flex_forward(  # noqa: PLR0913 - one attention's tensors

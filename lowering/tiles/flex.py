@@ -63,7 +63,7 @@ def takes(part: PartProgram, q: Tensor, v: Tensor) -> bool:
         return False
     if plan.kernel == "flex":
         return True
-    return has_flex_kernel(q) and has_flex_kernel(v)
+    return has_flex_kernel(q, v)
 
 
 @dataclass(frozen=True, slots=True)

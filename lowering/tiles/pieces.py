@@ -240,7 +240,7 @@ def _with_gap_behind(x: Tensor, gap: int, fill: float) -> Tensor:
 
 
 def _is_dense(part: PartProgram, piece: Piece) -> bool:
-    """Whether a kernel without a mask computes it; that with one takes any piece."""
+    """Whether a kernel without a mask computes it; one with takes whole rows."""
     plan = part.frame.plan
     if piece.kernel is Kernel.MASKED or not plan.is_dense:
         return False
@@ -256,6 +256,8 @@ def _positions(
     """
     frame = part.frame
     assert tile.reads is not None, "a piece reads rows"
+    assert call.groups == 1, "a kernel with a mask takes whole rows"
+    assert call.heads is None, "and all heads"
     q_pos = part.queries.positions(frame.q_positions())
     k_pos = tile.reads.positions(frame.kv_positions(tile.owner))
     q_pos = take_rows(q_pos, call.q, frame.chunk, dim=1)
