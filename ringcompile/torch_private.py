@@ -344,11 +344,14 @@ class BlockLists(NamedTuple):
 def has_flex_kernel(q: Tensor, v: Tensor) -> bool:
     """Whether a fast kernel is generated for queries and values like those.
 
-    That is while a graph is being compiled, rather than run.
+    That is while a graph is being compiled, rather than run. Symbolic sizes are not
+    compared, which would add guards.
     """
-    sizes = {q.shape[-1], v.shape[-1]}
-    fits = q.dtype in _FLEX_DTYPES and sizes <= set(_FLEX_HEAD_SIZES)
-    return fits and q.is_cuda and TracingContext.try_get() is not None
+    if not q.is_cuda or TracingContext.try_get() is None:
+        return False
+    sizes = (q.shape[-1], v.shape[-1])
+    fits = all(type(n) is int and n in _FLEX_HEAD_SIZES for n in sizes)
+    return fits and q.dtype in _FLEX_DTYPES
 
 
 def flex_forward(  # noqa: PLR0913 - one attention's tensors

@@ -2,7 +2,7 @@
 
 The slow kernel that takes any mask, dtype and head sizes, and visits blocks in any
 order. Invariant: no buffer beside running results is larger than ``(B, H, 128, 1024)``,
-so none grows faster than linearly in S.
+so none grows faster than linearly in S; where classes of rows are batches, they are B.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -355,6 +355,46 @@ def test_rings_take_no_kernel_with_a_mask(ranks: RankPool, cp_size: int) -> None
             assert (got - want).abs().max() <= 3e-6 * want.abs().max(), (case, n)
 
 
+def run_noting_batches(
+    group: ProcessGroup, rank: int, cases: tuple[Case, ...]
+) -> tuple[list[tuple[Tensor | None, ...]], set[int]]:
+    """And how many batches kernels with a mask are given."""
+    batches = set[int]()
+    names = {"MASKED_ATTENTION": 0, "MASKED_ATTENTION_BACKWARD": 1}
+    real = {name: getattr(ops, name) for name in names}
+
+    def note(name: str, *args: Any, **options: Any) -> Any:  # noqa: ANN401
+        batches.add(args[names[name]].shape[0])
+        return real[name](*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(ops, name, partial(note, name))
+        return run_cases(group, rank, cases), batches
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 3])
+def test_classes_of_a_narrow_window_are_batches(ranks: RankPool, cp_size: int) -> None:
+    cases = tuple(
+        Case("narrow dilated window", layout, 108, (4, 2, 16, 16), dtype)
+        for layout, dtype in (
+            ("contiguous", torch.float64),
+            ("zigzag", torch.float32),
+            ("contiguous", torch.bfloat16),
+        )
+    )
+    by_rank = ranks.run(run_noting_batches, cases, world_size=cp_size)
+    limits = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 1e-2}
+    for n, case in enumerate(cases):
+        size = case.tensors()[0].shape[0]
+        assert [batches for _, batches in by_rank] == [{3 * size}] * cp_size
+        shards = [found[n] for found, _ in by_rank]
+        for m, want in enumerate(case.expected()):
+            got = join(case, [s[m] for s in shards]).double()
+            error = (got - want).abs().max() / want.abs().max()
+            assert error <= limits[case.dtype], (case, m)
+
+
 @pytest.mark.parametrize(
     ("options", "is_cut"),
     [

@@ -62,6 +62,18 @@ def test_values_gradients_and_bytes(ranks: RankPool, cp_size: int) -> None:
     assert any(forward for r in results for forward, _ in r.sent)
 
 
+@pytest.mark.parametrize("cp_size", [1, 2])
+def test_kernels_with_a_mask_give_the_same(ranks: RankPool, cp_size: int) -> None:
+    """They take whole rows of all heads, where dense ones take runs of some."""
+    names = ("grouped", "longnet paper")
+    tensors = make_tensors((4, 4), 48)
+    jobs = [Job(CASES[name].pattern, tensors, kernel="math") for name in names]
+    for name, job, result in zip(
+        names, jobs, run_jobs(ranks, cp_size, jobs), strict=True
+    ):
+        check_values(CASES[name], job, result)
+
+
 def test_values_of_one_give_one(ranks: RankPool) -> None:
     jobs = []
     for name in DILATED:

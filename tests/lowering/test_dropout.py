@@ -132,7 +132,7 @@ CELLS = [
     (2, "sdpa", "zigzag", "eager"),
     (3, "spelled out", "striped", "eager"),
     slow(4, "sdpa", "contiguous", "aot_eager"),
-    slow(2, "sdpa", "hilbert", "eager"),
+    (2, "sdpa", "hilbert", "eager"),
     (2, "checkpointed", "contiguous", "aot_eager"),
 ]
 

@@ -169,6 +169,25 @@ def test_lists_hold_each_block_that_may_count(name: str, layout: str) -> None:
             assert any(listed) or not any(counts), (ranks, h, i, j)
 
 
+@pytest.mark.parametrize("ranks", [(0, 0), (1, 0), (1, 1)])
+def test_lists_of_a_class_of_rows(ranks: tuple[int, int]) -> None:
+    length, step, layout = 3200, 4, Layout("contiguous", 2)
+    keeps = Mask(causal()).__and__(window(900)).keeps
+    q, k = (SomeRows(layout, length, rank, ((0, 1600),), step) for rank in ranks)
+    spec = ListSpec(Mask(keeps), 1, q, k)
+    assert ListSpec.parse(str(spec)) == spec
+    some, full = read_lists(spec)
+    kept = find_kept(keeps, 1, layout, length, ranks)[0, ::step, ::step]
+    seen = set()
+    for i, j in product(*map(range, full.shape[1:])):
+        block = kept[i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128]
+        counts = (bool(block.any() and not block.all()), bool(block.all()))
+        assert (bool(some[0, i, j]), bool(full[0, i, j])) == counts, (i, j)
+        seen.add(counts)
+    assert full.shape[1:] == (4, 4)
+    assert len(seen) > 1
+
+
 @pytest.mark.parametrize("length", [100, 640])
 def test_lists_of_a_direction_have_one_width_and_those_of_one_row_all_columns(
     length: int,

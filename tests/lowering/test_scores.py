@@ -63,16 +63,18 @@ def test_a_tile_of_several_blocks(
 
 def test_buffers_grow_with_the_biases_alone() -> None:
     random = torch.Generator().manual_seed(0)
-    S, options = 1500, {"mask": format_mask(Mask(causal())), "scale": 1.0}
+    S = 1500
+    options: dict[str, Any] = {"mask": format_mask(Mask(causal())), "scale": 1.0}
     q, k, v = (torch.randn(1, 2, S, 4, generator=random) for _ in range(3))
     at, bias = torch.arange(S)[None], torch.randn(1, 2, 1, 2 * S - 1, generator=random)
     options |= {"relative": [0], "softcap": 2.0}
     with Largest() as largest:  # type: ignore[no-untyped-call]
-        out, lse = ops.MASKED_ATTENTION(q, k, v, at, at, [], [bias], **options)
-        ops.MASKED_ATTENTION_BACKWARD(
+        # Not by the ops: of those a mode sees the results alone.
+        out, lse = math._masked_attention(q, k, v, at, at, [], [bias], **options)
+        math._masked_attention_backward(
             *(v, q, k, v, out, lse, at, at, [], [bias]), **options, learned=[0]
         )
-    assert largest.size <= 2 * 128 * 1024
+    assert largest.size == 2 * 128 * 1024
 
 
 class Largest(TorchDispatchMode):

@@ -334,7 +334,7 @@ class _WrittenOut(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "layout", ["contiguous", slow("zigzag"), "striped", slow("hilbert")]
+    "layout", [slow("contiguous"), "zigzag", "striped", slow("hilbert")]
 )
 def test_bytes_are_those_that_the_lowering_sends(layout: str) -> None:
     sent: dict[bool, int] = {}

@@ -207,7 +207,7 @@ MASKS: dict[str, Callable[[Case], Parts]] = {
         m.causal() & m.window(51) & m.equals_zero(sympy.Mod(m.Q - m.K, 3))
     ),
     "narrow dilated window": _plain(
-        m.causal() & m.window(20) & m.equals_zero(sympy.Mod(m.Q - m.K, 3))
+        m.causal() & m.window(21) & m.equals_zero(sympy.Mod(m.Q - m.K, 3))
     ),
     "two-sided window": _plain(m.window(5, 7)),
     "documents": _plain(m.causal() & m.documents(0)),

@@ -32,12 +32,14 @@ class Job:
         tensors: q ``(B, H, S, D)``, k, v, and the gradient of the output.
         layout: name of a layout.
         is_causal: whether the user's mask is causal.
+        kernel: ``auto`` or ``math``.
     """
 
     pattern: Pattern
     tensors: tuple[Tensor, ...]
     layout: str = "contiguous"
     is_causal: bool = True
+    kernel: str = "auto"
 
     @property
     def length(self) -> int:
@@ -115,6 +117,7 @@ def _run(
         timeout_s=60.0,
         schedule=schedule,
         sources="",
+        kernel=job.kernel,
     )
     at = torch.tensor(schedule.layout.positions(rank, job.length))
     is_real = at < job.length
