@@ -220,7 +220,7 @@ def test_windows_by_dense_kernels_lose_no_more_than_one(name: str) -> None:
     want, base = wanted(case), run_dense(case)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flex, "attend", refuse)
-        patch.setattr(program, "LEAST_WINDOW", {True: 16})  # S is small
+        patch.setattr(program, "LEAST_WINDOW", (16, 16))  # S is small
         got = run(case, "inductor", "auto")
     for what, ours, plain, exact in zip(NAMES, got, base, want, strict=True):
         assert_no_worse_than_one_rank(ours, plain, exact, f"{what}, {name}")
@@ -238,7 +238,7 @@ def test_a_window_beside_random_blocks_is_dense_and_loses_no_more() -> None:
     masked, dense = Mock(side_effect=flex.attend), Mock(side_effect=attend_dense)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cut_masks, "_WIDER", 1)
-        patch.setattr(program, "LEAST_WINDOW", {True: 256})
+        patch.setattr(program, "LEAST_WINDOW", (256, 256))
         patch.setattr(flex, "attend", masked)
         patch.setattr(pieces, "attend", dense)
         got = run(BIG_BIRD, "inductor", "auto")
