@@ -139,7 +139,10 @@ def _patterns(total: int) -> dict[str, tuple[p.LongNet | p.MaskPattern, str]]:
             p.LongNet((2048, 8192, 32768), (1, 4, 16), offset="kv_head"),
             "contiguous",
         ),
-        "local window, blocks": (p.LocalWindow(total // 16, _BLOCK), "contiguous"),
+        "local window, blocks": (
+            p.LocalWindow(max(total // 16, _BLOCK), _BLOCK),
+            "contiguous",
+        ),
         "BigBird, 10 %": (_big_bird(total, 0.10), "contiguous"),
         "BigBird, 5 %": (_big_bird(total, 0.05), "contiguous"),
     }
