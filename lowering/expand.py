@@ -2,7 +2,8 @@
 
 Until then a ring is one op in each, so no pass over the joint graph walks through it
 and none can move it or save what it fetches. Rings that say the same are traced once
-and, where Inductor can call a graph, compiled once. What backward computes first it has
+and, where Inductor can call a graph, compiled once; lists of blocks, of a mask that all
+of them read, are made once. What backward computes first it has
 to fetch, so that hop starts before the ring does: ahead of the ring before it, under
 which it flies. Invariant: the tags of hops are told by the plans of a graph alone,
 which are alike on all ranks, and their order by whether CUDA graphs are asked for too;
@@ -27,15 +28,12 @@ from ringcompile.inductor_passes import (
 )
 from ringcompile.ir.text import rename_plan
 from ringcompile.lowering.exchange import exchange
-from ringcompile.lowering.fetch_early import (
-    Head,
-    fetch_early,
-    find_operands,
-    split_first_fetch,
-)
+from ringcompile.lowering.fetch_early import fetch_early, split_first_fetch
+from ringcompile.lowering.heads import Head, find_operands
 from ringcompile.lowering.hops import SHARED
 from ringcompile.lowering.program import read_plan
 from ringcompile.lowering.ring import attend_ring, find_ring_gradients
+from ringcompile.lowering.share_lists import share_lists, split_lists
 from ringcompile.plan.backward import fetches_first
 
 _LOOPS: Mapping[Callable[..., object] | str, Callable[..., list[Tensor]]] = (
@@ -67,22 +65,29 @@ def expand_rings(graph: Graph, *, can_call: bool, may_fetch_ahead: bool = True) 
             alike.setdefault(_describe(node), []).append(node)
             counts[_describe_plan(node)] += 1
     bodies: list[GraphModule] = []
-    heads: dict[Node, Head] = {}
+    fetches: dict[Node, Head] = {}
+    lists: dict[Node, Head] = {}
     for nodes in alike.values():
         plan = str(nodes[0].kwargs["plan"])
         if counts[_describe_plan(nodes[0])] > 1:
             plan = rename_plan(plan, SHARED, "one of several attentions")
-        bodies.append(_trace(nodes[0], plan))
+        body = _trace(nodes[0], plan)
+        bodies.append(body)
         is_backward = nodes[0].target is ops.RING_BACKWARD
         if is_backward and fetches_first(read_plan(plan).schedule):
-            head = split_first_fetch(bodies[-1])
-            heads |= {} if head is None else dict.fromkeys(nodes, head)
-    fetched = fetch_early(graph, heads, is_ahead=may_fetch_ahead)
+            head = split_first_fetch(body)
+            fetches |= {} if head is None else dict.fromkeys(nodes, head)
+        if len(nodes) > 1:
+            head = split_lists(body)
+            lists |= {} if head is None else dict.fromkeys(nodes, head)
+    shared = share_lists(graph, lists)
+    fetched = fetch_early(graph, fetches, is_ahead=may_fetch_ahead)
+    given = {n: [*fetched.get(n, ()), *shared.get(n, ())] for n in fetched | shared}
     for nodes, body in zip(alike.values(), bodies, strict=True):
         if can_call and len(nodes) > 1 and _is_fixed(nodes[0]):
-            _call(graph, nodes, body, fetched)
+            _call(graph, nodes, body, given)
         else:
-            _write_out(graph, nodes, body, fetched)
+            _write_out(graph, nodes, body, given)
 
 
 def communicates(module: GraphModule) -> bool:
@@ -145,13 +150,13 @@ def _call(
     graph: Graph,
     nodes: Sequence[Node],
     body: GraphModule,
-    fetched: Mapping[Node, Sequence[Node]],
+    given: Mapping[Node, Sequence[Node]],
 ) -> None:
     body.meta[OWN_MEMORY] = True
     pass_over(body)
     name = _add_child(graph, "shared_ring", body)
     for node in nodes:
-        values = [*find_operands(node), *fetched.get(node, ())]
+        values = [*find_operands(node), *given.get(node, ())]
         with graph.inserting_before(node):
             child = graph.get_attr(name)
         # The same node, so that Inductor does not find the values of all that follows
@@ -179,7 +184,7 @@ def _write_out(
     graph: Graph,
     nodes: Sequence[Node],
     body: GraphModule,
-    fetched: Mapping[Node, Sequence[Node]],
+    given: Mapping[Node, Sequence[Node]],
 ) -> None:
     children = {
         n.target: _add_child(graph, str(n.target), getattr(body, str(n.target)))
@@ -187,7 +192,7 @@ def _write_out(
     }
     for node in nodes:
         # Of the node as it is now: a ring before it may have been written out since.
-        values = [*find_operands(node), *fetched.get(node, ())]
+        values = [*find_operands(node), *given.get(node, ())]
         with graph.inserting_before(node):
             results = _copy(graph, body.graph, node, values, children)
         for item in list(node.users):

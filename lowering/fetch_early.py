@@ -7,28 +7,14 @@ ranks, as rings stand in the order of the graph; and two of one tag are never un
 at once, as a ring's fetch starts behind the waits of the ring before.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from itertools import takewhile
 
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
 
 from ringcompile import ops
+from ringcompile.lowering.heads import Head, cut_off, find_ancestors
 from ringcompile.torch_private import WAIT_TENSOR
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """What starts the first hops of a ring's graph, and waits for them.
-
-    Attributes:
-        graph: has the placeholders that the ring's graph had.
-        waits: nodes of it, which give what the hops bring.
-    """
-
-    graph: Graph
-    waits: tuple[Node, ...]
 
 
 def split_first_fetch(body: GraphModule) -> Head | None:
@@ -41,17 +27,7 @@ def split_first_fetch(body: GraphModule) -> Head | None:
         What was cut off; None, and the body as it was, if nothing is fetched first.
     """
     waits = _find_first_waits(body.graph)
-    if not waits:
-        return None
-    head = Graph()
-    copies: dict[Node, Node] = {}
-    needed = _find_ancestors(waits)
-    for node in body.graph.nodes:
-        if node in needed or node.op == "placeholder":
-            copies[node] = head.node_copy(node, copies.__getitem__)
-    _read_instead(body.graph, waits)
-    body.recompile()
-    return Head(head, tuple(copies[wait] for wait in waits))
+    return cut_off(body, waits, "fetched") if waits else None
 
 
 def _find_first_waits(graph: Graph) -> list[Node]:
@@ -62,35 +38,9 @@ def _find_first_waits(graph: Graph) -> list[Node]:
         return []
     order = {node: n for n, node in enumerate(graph.nodes)}
     first = {hop for hop in hops if order[hop] < order[waits[0]]}
-    of_first = [wait for wait in waits if _find_ancestors([wait]) & first]
+    of_first = [wait for wait in waits if find_ancestors([wait]) & first]
     later = set(hops) - first
-    return [wait for wait in of_first if _find_ancestors([wait]).isdisjoint(later)]
-
-
-def _find_ancestors(nodes: Sequence[Node]) -> set[Node]:
-    """The nodes and all that they are computed from."""
-    found: set[Node] = set()
-    left = list(nodes)
-    while left:
-        node = left.pop()
-        if node not in found:
-            found.add(node)
-            left += node.all_input_nodes
-    return found
-
-
-def _read_instead(graph: Graph, waits: Sequence[Node]) -> None:
-    """Let placeholders stand for what the waits give, and for what they wait for."""
-    behind = graph.find_nodes(op="placeholder")[-1].next
-    for n, wait in enumerate(waits):
-        with graph.inserting_before(behind):
-            landed = graph.placeholder(f"fetched_{n}")
-        landed.meta["val"] = wait.meta["val"]
-        (flying,) = wait.all_input_nodes
-        wait.replace_all_uses_with(landed)
-        graph.erase_node(wait)
-        flying.replace_all_uses_with(landed)
-    graph.eliminate_dead_code()
+    return [wait for wait in of_first if find_ancestors([wait]).isdisjoint(later)]
 
 
 def fetch_early(
@@ -114,27 +64,15 @@ def fetch_early(
         head = heads[ring]
         if ring not in copies:  # the first, or what it reads is made behind the last
             place = _find_place(graph, head, ring) if is_ahead else ring
-            copies[ring] = _start(graph, head, ring, place)
+            copies[ring] = head.write(ring, place, head.results)
         with graph.inserting_before(ring):
-            for wait in head.waits:
+            for wait in head.results:
                 copies[ring][wait] = graph.node_copy(wait, copies[ring].__getitem__)
         for following in rings[n + 1 : n + 2]:
             head = heads[following]
             if is_ahead and _is_ready(graph, head, following, ring):
-                copies[following] = _start(graph, head, following, ring)
-    return {ring: [copies[ring][w] for w in heads[ring].waits] for ring in rings}
-
-
-def _start(graph: Graph, head: Head, ring: Node, before: Node) -> dict[Node, Node]:
-    """Write a head without its waits in front of a node; nodes of it to theirs."""
-    copies = _match(head, ring)
-    with graph.inserting_before(before):
-        for node in head.graph.nodes:
-            if node.op != "placeholder" and node not in head.waits:
-                assert node.op == "call_function", "a fetch reads no attribute"
-                copies[node] = graph.node_copy(node, copies.__getitem__)
-                copies[node].meta["stack_trace"] = ring.meta.get("stack_trace")
-    return copies
+                copies[following] = head.write(following, ring, head.results)
+    return {ring: [copies[ring][w] for w in heads[ring].results] for ring in rings}
 
 
 def _find_place(graph: Graph, head: Head, ring: Node) -> Node:
@@ -153,17 +91,4 @@ def _is_ready(graph: Graph, head: Head, ring: Node, before: Node) -> bool:
 
 def _read_by(head: Head, ring: Node) -> set[Node]:
     """Which of a ring's operands its head reads."""
-    return {operand for own, operand in _match(head, ring).items() if own.users}
-
-
-def _match(head: Head, ring: Node) -> dict[Node, Node]:
-    """A ring's operands by the head's placeholders."""
-    own = head.graph.find_nodes(op="placeholder")
-    return dict(zip(own, find_operands(ring), strict=True))
-
-
-def find_operands(node: Node) -> list[Node]:
-    """What a node reads, in order; what is read twice is named twice."""
-    found: list[Node] = []
-    map_arg((node.args, dict(node.kwargs)), found.append)
-    return found
+    return {operand for own, operand in head.match(ring).items() if own.users}

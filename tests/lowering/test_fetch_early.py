@@ -7,12 +7,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import Argument
 
 from ringcompile import ops
-from ringcompile.lowering.fetch_early import (
-    Head,
-    fetch_early,
-    find_operands,
-    split_first_fetch,
-)
+from ringcompile.lowering.fetch_early import fetch_early, split_first_fetch
+from ringcompile.lowering.heads import Head, find_operands
 from ringcompile.torch_private import WAIT_TENSOR
 
 ADD, SIN = torch.ops.aten.add.Tensor, torch.ops.aten.sin.default
@@ -65,7 +61,7 @@ def test_the_first_stage_is_cut_off_and_no_other() -> None:
         head = split_first_fetch(body)
         assert head is not None
         assert _tags(head.graph) == list(range(count))
-        assert len(head.waits) == count
+        assert len(head.results) == count
         assert _tags(body.graph) == [count, count + 1]
         names = [n.name for n in body.graph.find_nodes(op="placeholder")]
         assert names == ["q", "k", *(f"fetched_{n}" for n in range(count))]
