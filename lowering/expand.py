@@ -3,11 +3,11 @@
 Until then a ring is one op in each, so no pass over the joint graph walks through it
 and none can move it or save what it fetches. Rings that say the same are traced once
 and, where Inductor can call a graph, compiled once; lists of blocks, of a mask that all
-of them read, are made once. What backward computes first it has
-to fetch, so that hop starts before the ring does: ahead of the ring before it, under
-which it flies. Invariant: the tags of hops are told by the plans of a graph alone,
-which are alike on all ranks, and their order by whether CUDA graphs are asked for too;
-how rings are compiled, strides and settings decide as well.
+of them read, are made once. What backward computes first it has to fetch, so that hop
+starts before the ring does: ahead of the ring before it, under which it flies.
+Invariant: the tags of hops are told by the plans of a graph alone, which are alike on
+all ranks, and their order by whether CUDA graphs are asked for too; how rings are
+compiled, strides and settings decide as well.
 """
 
 from collections import Counter
