@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ringcompile import ops
 from ringcompile.inductor_passes import call_graph
-from ringcompile.ir.layout import Layout
 from ringcompile.ir.text import rename_plan
 from ringcompile.lowering import inductor
 from ringcompile.lowering.expand import communicates, expand_rings
@@ -211,12 +210,7 @@ def run_rings(
         ours["_pre_fusion_custom_pass"] = lambda nodes: seen.see_schedule(order(nodes))
         return compile_with_inductor(gm, example, ours)
 
-    at = torch.tensor(Layout(first.layout, group.size()).positions(rank, first.length))
-    *inputs, grad = (x[:, :, at] for x in first.tensors())
-    for x in inputs:
-        if first.any_length:
-            torch._dynamo.mark_dynamic(x, 2)
-        x.requires_grad_()
+    *inputs, grad = first.shard(group.size(), rank)
     torch.compiler.reset()
     out = torch.compile(build(plans), backend=backend, fullgraph=True)(*inputs)
     out.backward(grad)

@@ -14,7 +14,6 @@ from torch.distributed import ProcessGroup
 from torch.fx import Graph, GraphModule
 
 from ringcompile import ops
-from ringcompile.ir.layout import Layout
 from ringcompile.ir.text import rename_plan
 from ringcompile.lowering.share_lists import split_lists
 
@@ -44,12 +43,7 @@ def run_layers(
     def backend(gm: GraphModule, example: list[Tensor]) -> Callable[..., object]:
         return compile_expanded(gm, example, see)
 
-    at = torch.tensor(Layout(case.layout, group.size()).positions(rank, case.length))
-    *inputs, grad = (x[:, :, at] for x in case.tensors())
-    for x in inputs:
-        if case.any_length:
-            torch._dynamo.mark_dynamic(x, 2)
-        x.requires_grad_()
+    *inputs, grad = case.shard(group.size(), rank)
     captures = [x.roll(n) for n in range(num_masks) for x in case.captures]
     torch.compiler.reset()
     call: Any = model

@@ -114,6 +114,19 @@ class Case:
         """How the parts' outputs become one."""
         return Mixing(is_detached="detached" in self.mask)
 
+    def shard(self, size: int, rank: int) -> list[Tensor]:
+        """A rank's rows of q, k and v, as a compiler is given them, and of the gradient.
+
+        Of a plan for any length their number is dynamic.
+        """
+        at = torch.tensor(self.place(size).positions(rank, self.length))
+        *inputs, grad = (x[:, :, at] for x in self.tensors())
+        for x in inputs:
+            if self.any_length:
+                torch._dynamo.mark_dynamic(x, 2)
+            x.requires_grad_()
+        return [*inputs, grad]
+
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v and the gradient of the output, all rows, rounded to the dtype."""
         H, G, D, E = self.heads
