@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
-from itertools import count
+from itertools import cycle
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,7 @@ from torch_cp import compile_flex, cut_block_mask
 import ringcompile
 from ringcompile import patterns as p
 
+_BATCHES = 12
 _DOCUMENTS = 8  # that a sequence has, one with another
 _BLOCK = 128
 _ATTENTIONS = 4
@@ -65,13 +66,17 @@ def _attend_documents(ids: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(outs)
 
 
-def _draw_documents(sizes: Sizes, mesh: DeviceMesh, seed: int) -> Tensor:
-    """Numbers of documents, ``(1, S)``, the same on all ranks."""
+def _draw_batches(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Tensor]:
+    """Numbers of documents, ``(1, S)`` each, the same on all ranks, over and over."""
     total = sizes.tokens * sizes.num_ranks
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, total, (_DOCUMENTS - 1, 1), generator=generator)
-    ids = (torch.arange(total) >= starts).sum(0, keepdim=True)
-    return ids.to(mesh.device_type)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> Tensor:
+        starts = torch.randint(0, total, (_DOCUMENTS - 1, 1), generator=generator)
+        ids = (torch.arange(total) >= starts).sum(0, keepdim=True)
+        return ids.to(mesh.device_type)
+
+    return cycle([draw() for _ in range(_BATCHES)])
 
 
 def _share_of_documents(total: int) -> float:
@@ -101,10 +106,10 @@ def _ring_documents(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Call]:
     compiled = torch.compile(
         _attend_documents, backend="ring", dynamic=True, options=given
     )
-    seeds = count()
+    batches = _draw_batches(sizes, mesh)
 
     def forward() -> tuple[Tensor, ...]:
-        ids = _draw_documents(sizes, mesh, next(seeds))
+        ids = next(batches)
         mine = ringcompile.shard(ids, 1, layout="zigzag", mesh=mesh).contiguous()
         return compiled(mine, *inputs)
 
@@ -115,14 +120,14 @@ def _ring_documents(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Call]:
 def _flex_documents(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Call]:
     inputs = [x.requires_grad_() for x in sizes.draw(mesh, sizes.tokens)]
     compiled = compile_flex(mesh)
-    known = _draw_documents(sizes, mesh, 0)
-    seeds = count()
+    batches = _draw_batches(sizes, mesh)
+    known = next(batches).clone()
 
     def mask_mod(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (known[0, q] == known[0, k]) & (q >= k)
 
     def forward() -> tuple[Tensor, ...]:
-        known.copy_(_draw_documents(sizes, mesh, next(seeds)))
+        known.copy_(next(batches))
         mask = cut_block_mask(mask_mod, known.shape[1], mesh)
         each = zip(inputs[::3], inputs[1::3], inputs[2::3], strict=True)
         return tuple(compiled(*qkv, mask).transpose(1, 2) for qkv in each)

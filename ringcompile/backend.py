@@ -32,6 +32,7 @@ from ringcompile.torch_private import (
     compile_with_inductor,
     find_running_modules,
     is_split_by_ddp,
+    keep_input_notes,
     mode_patches,
 )
 from ringcompile.verify import agree_at_first_call
@@ -80,6 +81,7 @@ def ring(
     require_kernel(chosen.kernel, example_inputs)
     prepare = partial(prepare_transport, chosen.transport, ranks, example_inputs)
     patches = inductor_patches(patches, made.gm.graph)
+    keep_input_notes(made.gm, gm)
     compiled = compile_with_inductor(made.gm, example_inputs, patches)
     compiled = check_blocks_at_calls(compiled, made.block_checks)
     return agree_at_first_call(

@@ -27,7 +27,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.fx import GraphModule
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.fx.experimental.symbolic_shapes import (
+    ShapeEnv,
+    guard_or_false,
+    statically_known_true,
+)
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -50,6 +54,9 @@ AUTOCAST_CALLS = frozenset({ENTER_AUTOCAST, EXIT_AUTOCAST})
 
 WHOLE_BLOCK = 1 << 30
 """Tokens in the one block of ``flex_attention`` without a block mask."""
+
+FLEX_BLOCK = 128
+"""Queries and keys of a block of its kernels."""
 
 WAIT_TENSOR = torch.ops._c10d_functional.wait_tensor.default  # noqa: SLF001
 """The op that ends communication."""
@@ -278,6 +285,26 @@ def compile_with_inductor(
     return compiled
 
 
+def keep_input_notes(new: GraphModule, old: GraphModule) -> None:
+    """Note on a graph's inputs what Dynamo did on those of the one it is made of.
+
+    That is where they come from, and which stay in their memory (parameters do): a CUDA
+    graph copies all others at each call.
+    """
+    sources = getattr(old, "_param_name_to_source", None)
+    held = dict([*new.named_parameters(), *new.named_buffers()])
+    if sources is None or not held.keys() <= sources.keys():
+        return
+    inputs = (gm.graph.find_nodes(op="placeholder") for gm in (new, old))
+    for node, noted in zip(*inputs, strict=True):
+        node._dynamo_source = noted._dynamo_source  # noqa: SLF001
+        if "tensor_dict" in noted.meta:
+            node.meta["tensor_dict"] = noted.meta["tensor_dict"]
+    compile_id = "dynamo_compile_id"
+    new.meta[compile_id] = old.meta[compile_id]
+    new._param_name_to_source = sources  # noqa: SLF001
+
+
 def mode_patches(mode: str | None) -> dict[str, object]:
     """Inductor's config patches for one of its modes."""
     if mode in (None, "default"):
@@ -382,7 +409,7 @@ def flex_forward(  # noqa: PLR0913 - one attention's tensors
     mask = _as_tuple(q, k, lists, mask_mod)
     with torch._C._AutoDispatchBelowAutograd():  # noqa: SLF001
         out, lse, *_ = flex_attention(
-            *(q, k, v, _same_score, mask, scale, dict(_FLEX_OPTIONS), (), buffers)
+            *(q, k, v, _same_score, mask, scale, _flex_options(q, k), (), buffers)
         )
     return out, lse
 
@@ -409,9 +436,15 @@ def flex_backward(  # noqa: PLR0913, PLR0917 - one attention's tensors
     backward: Any = flex_attention_backward
     dq, dk, dv, *_ = backward(
         *(q, k, v, out, lse, grad_out, None, _same_score, _same_gradient, mask),
-        *(scale, dict(_FLEX_OPTIONS), (), buffers),
+        *(scale, _flex_options(q, k), (), buffers),
     )
     return dq, dk, dv
+
+
+def _flex_options(q: Tensor, k: Tensor) -> dict[str, object]:
+    """With whether rows fill blocks, guarded: kernels that check take twice as long."""
+    is_full = all(guard_or_false(x.shape[2] % FLEX_BLOCK == 0) for x in (q, k))
+    return {**_FLEX_OPTIONS, "IS_DIVISIBLE": is_full}
 
 
 def _same_score(score: Tensor, *_: object) -> Tensor:
@@ -431,7 +464,9 @@ def _as_tuple(
     from torch.nn.attention.flex_attention import BlockMask  # noqa: PLC0415
 
     sizes = (q.shape[2], k.shape[2])
-    mask = BlockMask(sizes, *lists, BLOCK_SIZE=(128, 128), mask_mod=mask_mod)
+    mask = BlockMask(
+        sizes, *lists, BLOCK_SIZE=(FLEX_BLOCK, FLEX_BLOCK), mask_mod=mask_mod
+    )
     return (*mask.as_tuple()[:-1], mask_mod)  # its own would take no buffers
 
 

@@ -29,9 +29,9 @@ from ringcompile.lowering.tiles.block_tables import (
 from ringcompile.lowering.uploads import prepare_upload, upload
 from ringcompile.plan.check_pairs import replace_unknown
 from ringcompile.plan.coverage import Span, find_coverage
-from ringcompile.torch_private import outside_tracing
+from ringcompile.torch_private import FLEX_BLOCK, outside_tracing
 
-BLOCK = 128
+BLOCK = FLEX_BLOCK
 _BLOCKS_AT_ONCE, _MOST_LOOKED_AT = 64, 4096
 EMPTY, SOME, FULL = 0, 1, 2
 

@@ -5,16 +5,21 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._functorch.aot_autograd import aot_module_simplified  # noqa: TID251
+from torch._guards import TracingContext
 from torch._inductor.utils import run_and_get_code  # noqa: TID251
 from torch.fx import Graph, GraphModule
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ringcompile import backend as ring_backend
 from ringcompile import ops
 from ringcompile.inductor_passes import GraphPass, pass_uuid
 from ringcompile.lowering import inductor
 from ringcompile.lowering.inductor import inductor_patches, sources_hash
 from ringcompile.lowering.rows import join
+from ringcompile.patterns import LocalWindow
 from ringcompile.torch_private import compile_with_inductor
 
 
@@ -116,3 +121,41 @@ def test_joined_rows_are_written_where_they_belong(rows: tuple[int, int]) -> Non
     assert out.is_contiguous()
     allocated = re.findall(r"= empty_strided_cpu\((\(.*?\))", code)
     assert allocated == ["(1, 1, 1, 7, 5, 3)"]
+
+
+class Projected(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 24)
+        self.register_buffer("shift", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x + self.shift).chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def test_inputs_that_stay_in_memory_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph copies all others at each call."""
+    stay: list[bool] = []
+
+    def compile_graph(
+        gm: GraphModule, example: list[Tensor], *_: object
+    ) -> Callable[..., object]:
+        def note(traced: GraphModule, given: list[Tensor]) -> Callable[..., object]:
+            context = TracingContext.get()
+            assert context.fw_metadata is not None
+            where = context.fw_metadata.static_input_indices
+            assert len(given) == len(example)
+            stay.extend(n in where for n in range(len(given)))
+            return traced.forward
+
+        return aot_module_simplified(gm, example, fw_compiler=note)
+
+    monkeypatch.setattr(ring_backend, "compile_with_inductor", compile_graph)
+    model, x = Projected(), torch.randn(2, 2, 16, 8)
+    options = {"attention": LocalWindow(8, 4)}
+    compiled = torch.compile(model, backend="ring", options=options)
+    with torch.no_grad():
+        compiled(x)
+    assert stay.count(True) == len([*model.parameters(), *model.buffers()])
+    assert stay.count(False) == 1  # x
