@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringcompile import ops
+from ringcompile.autocast import find_autocast_dtype, without_autocast
 from ringcompile.ir.attention import RankPlan
 from ringcompile.lowering.adaptive import choose_blocks
 from ringcompile.lowering.bias_sums import BiasSums
@@ -52,7 +53,6 @@ from ringcompile.lowering.tiles.pieces import (
     attend_piece,
     piece_gradients,
 )
-from ringcompile.torch_private import find_autocast_dtype, without_autocast
 
 _T = TypeVar("_T")
 

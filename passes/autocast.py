@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from ringcompile.autocast import find_autocast_dtype
 from ringcompile.passes.op import Op, call_arguments, is_tensor, read_op
 from ringcompile.torch_private import (
     ENTER_AUTOCAST,
     EXIT_AUTOCAST,
-    find_autocast_dtype,
 )
 
 aten = torch.ops.aten

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ringcompile.autocast import find_autocast_dtype, without_autocast
 from ringcompile.passes.scalar_graphs import is_constant, is_identity, run_scalars
 from ringcompile.torch_private import (
-    find_autocast_dtype,
     flex_is_autocast,
-    without_autocast,
 )
 
 NUM_POSITIONS = 4  # b, h, q and k

@@ -5,7 +5,7 @@ Those of Inductor's passes are in ``inductor_passes``; there are no others.
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from types import FrameType, MappingProxyType
 from typing import Any, NamedTuple
@@ -62,21 +62,6 @@ WAIT_TENSOR = torch.ops._c10d_functional.wait_tensor.default  # noqa: SLF001
 """The op that ends communication."""
 
 # ---- tracing -------------------------------------------------------------------------
-
-
-def find_autocast_dtype(device_type: str) -> torch.dtype | None:
-    """What autocast lowers to there; None: it is off, or unknown, as to meta."""
-    if not torch.amp.is_autocast_available(device_type):
-        return None
-    is_on = torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if is_on else None
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Nothing is autocast inside."""
-    if find_autocast_dtype(device_type) is None:
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 def is_fake(value: object) -> bool:

@@ -29,7 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "config mesh",
         "ir",
         "patterns preset plan reference",
-        "ops torch_private inductor_passes",
+        "autocast ops torch_private inductor_passes",
         "passes lowering",
         "services verify backend",
         "report modules shards",

@@ -1,7 +1,8 @@
 """One kernel call of a plan, to the kernel that computes it."""
 
-from dataclasses import dataclass
-from functools import reduce
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from ringcompile.lowering.program import PartProgram, TileProgram
 from ringcompile.lowering.rows import Size, Values, take_rows
 from ringcompile.lowering.tiles import flex
 from ringcompile.lowering.tiles.dense import attend, attend_backward
+
+_MOST_CLASSES_APART = 8
 
 
 def attend_piece(
@@ -35,11 +38,13 @@ def attend_piece(
     q = take_rows(q, piece.q, chunk)
     k, v = (take_rows(x, piece.kv, part.frame.kv_chunk) for x in kv)
     view = View.of(piece, q)
-    q, k, v = map(view.take, (q, k, v))
     if _is_dense(part, piece):
         is_causal = piece.kernel is Kernel.CAUSAL
-        out, lse = attend(q, k, v, is_causal=is_causal, scale=scale)
-    elif flex.takes(part, q, v):
+
+        kernel = partial(attend, is_causal=is_causal, scale=scale)
+        return view.put_queries(*view.call_kernel(kernel, (q, k, v)))
+    q, k, v = map(view.take, (q, k, v))
+    if flex.takes(part, q, v):
         positions = _positions(part, tile, view.call)
         out, lse = flex.attend(part, tile, view.call, (q, k, v), positions)
     else:
@@ -79,17 +84,20 @@ def piece_gradients(
     grad_out, q, out, lse = (take_rows(x, piece.q, chunk) for x in queries)
     k, v = (take_rows(x, piece.kv, part.frame.kv_chunk) for x in kv)
     view = View.of(piece, q)
-    tensors = tuple(map(view.take, (grad_out, q, k, v, out, lse)))
+    tensors = (grad_out, q, k, v, out, lse)
     if _is_dense(part, piece):
         is_causal = piece.kernel is Kernel.CAUSAL
-        dq, dk, dv = attend_backward(*tensors, is_causal=is_causal, scale=scale)
-    elif flex.takes(part, q, v):
+
+        kernel = partial(attend_backward, is_causal=is_causal, scale=scale)
+        return view.put_gradients(*view.call_kernel(kernel, tensors))
+    taken = tuple(map(view.take, tensors))
+    if flex.takes(part, q, v):
         positions = _positions(part, tile, view.call)
-        dq, dk, dv = flex.attend_backward(part, tile, view.call, tensors, positions)
+        dq, dk, dv = flex.attend_backward(part, tile, view.call, taken, positions)
     else:
         positions = _positions(part, tile, view.call)
         dq, dk, dv, *d_biases = ops.MASKED_ATTENTION_BACKWARD(
-            *(*tensors, *positions, *_read(part, piece)),
+            *(*taken, *positions, *_read(part, piece)),
             mask=part.mask_of(piece),
             scale=scale,
             block_order=part.frame.plan.block_order,
@@ -189,6 +197,28 @@ class View:
             x = x.narrow(3, 0, x.shape[3] - gap).transpose(1, 2).flatten(0, 1)
         # Upside down, the rows from the diagonal on are those up to it.
         return x.flip(2) if self.call.is_upper else x
+
+    def call_kernel(
+        self, kernel: Callable[..., Values], tensors: Sequence[Tensor]
+    ) -> Values:
+        """What a kernel makes of these, taken; its results are to be put.
+
+        Runs of several classes as one batch would be copied first; those of one class
+        are read where they lie, by a call for each.
+        """
+        call = self.call
+        are_apart = 1 < call.classes <= _MOST_CLASSES_APART and call.groups > 1
+        if not are_apart or call.gap or call.is_upper:
+            return kernel(*map(self.take, tensors))
+        one = replace(self, call=replace(call, classes=1))
+        by_class = [x.unflatten(2, (-1, call.classes)).unbind(3) for x in tensors]
+        results = [kernel(*map(one.take, own)) for own in zip(*by_class, strict=True)]
+        return tuple(
+            torch.stack([x.unflatten(0, (-1, call.groups)) for x in xs], 1).flatten(
+                0, 2
+            )
+            for xs in zip(*results, strict=True)
+        )
 
     def put_queries(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """Undo ``take`` on out and lse; heads left out see nothing."""

@@ -274,13 +274,15 @@ def test_a_narrow_window_stays_masked() -> None:
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("is_upper", [False, True])
 @pytest.mark.parametrize("classes", [1, 3])
 @pytest.mark.parametrize("num_kv_heads", [1, 2])
-def test_a_batch_of_upper_triangles_computes_what_it_says(
-    num_kv_heads: int, classes: int
+def test_a_batch_of_triangles_computes_what_it_says(
+    num_kv_heads: int, classes: int, *, is_upper: bool
 ) -> None:
-    call = cut_band(Band(0, 3), 12, 12)[1]
-    assert (call.is_upper, call.groups, call.gap) == (True, 2, 1)
+    call = cut_band(Band(0, 3), 12, 12)[is_upper]
+    expected = (True, 2, 1) if is_upper else (False, 3, 0)
+    assert (call.is_upper, call.groups, call.gap) == expected
     if classes > 1:
         of_q, of_kv = (
             rows(classes * of.start[1], classes * of.stop[1])
@@ -305,18 +307,16 @@ def test_a_batch_of_upper_triangles_computes_what_it_says(
     want_grads = torch.autograd.grad(want, inputs, grad)
     view = View.of(call, q)
     with torch.no_grad():
-        tensors = [view.take(x) for x in (q, k, v)]
-        out, lse = view.put_queries(*attend(*tensors, is_causal=True, scale=0.5))
+        kernel = partial(attend, is_causal=True, scale=0.5)
+        out, lse = view.put_queries(*view.call_kernel(kernel, (q, k, v)))
         torch.testing.assert_close(out, want.detach())
         torch.testing.assert_close(lse, want_lse.detach())
         saved = torch.where(lse == -torch.inf, torch.inf, lse)
-        grads = view.put_gradients(
-            *attend_backward(
-                *map(view.take, (grad, q, k, v, out, saved)), is_causal=True, scale=0.5
-            )
-        )
-    for found, expected in zip(grads, want_grads, strict=True):
-        torch.testing.assert_close(found, expected)
+        backward = partial(attend_backward, is_causal=True, scale=0.5)
+        tensors = (grad, q, k, v, out, saved)
+        grads = view.put_gradients(*view.call_kernel(backward, tensors))
+    for found, wanted in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 def run_unmasked(
@@ -417,3 +417,34 @@ def test_only_kernels_without_a_mask_are_given_triangles(
     ((tile,),) = part.stages
     assert len(tile.pieces) == (2 if is_cut else 1)
     assert all(isinstance(piece, Call) is is_cut for piece in tile.pieces)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 4])
+def test_runs_of_a_class_are_read_where_they_lie(classes: int) -> None:
+    lower, upper = (
+        replace(
+            call,
+            q=rows(0, 12 * classes),
+            kv=rows(0, 12 * classes),
+            classes=classes,
+            groups=3,
+            gap=0,
+        )
+        for call in cut_band(Band(0, 3), 12, 12)
+    )
+    x = torch.arange(12.0 * classes * 4).view(1, -1, 2, 2).transpose(1, 2)
+    calls: list[Tensor] = []
+
+    def kernel(x: Tensor) -> tuple[Tensor]:
+        calls.append(x)
+        return (x,)
+
+    for call in (lower, upper):
+        calls.clear()
+        view = View.of(call, x)
+        (found,) = view.call_kernel(kernel, (x,))
+        torch.testing.assert_close(found, view.take(x))
+        if not call.is_upper:
+            assert len(calls) == classes
+            memory = {y.untyped_storage().data_ptr() for y in calls}
+            assert memory == {x.untyped_storage().data_ptr()}

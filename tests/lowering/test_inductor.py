@@ -1,7 +1,8 @@
 """What Inductor is told."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +125,8 @@ def test_joined_rows_are_written_where_they_belong(rows: tuple[int, int]) -> Non
 
 
 class Projected(nn.Module):
+    shift: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.project = nn.Linear(8, 24)
@@ -141,7 +144,7 @@ def test_inputs_that_stay_in_memory_are_known(monkeypatch: pytest.MonkeyPatch) -
     def compile_graph(
         gm: GraphModule, example: list[Tensor], *_: object
     ) -> Callable[..., object]:
-        def note(traced: GraphModule, given: list[Tensor]) -> Callable[..., object]:
+        def note(traced: GraphModule, given: Sequence[object]) -> object:
             context = TracingContext.get()
             assert context.fw_metadata is not None
             where = context.fw_metadata.static_input_indices
@@ -149,11 +152,12 @@ def test_inputs_that_stay_in_memory_are_known(monkeypatch: pytest.MonkeyPatch) -
             stay.extend(n in where for n in range(len(given)))
             return traced.forward
 
-        return aot_module_simplified(gm, example, fw_compiler=note)
+        compile_forward: Any = note
+        return aot_module_simplified(gm, example, fw_compiler=compile_forward)
 
     monkeypatch.setattr(ring_backend, "compile_with_inductor", compile_graph)
     model, x = Projected(), torch.randn(2, 2, 16, 8)
-    options = {"attention": LocalWindow(8, 4)}
+    options: Any = {"attention": LocalWindow(8, 4)}
     compiled = torch.compile(model, backend="ring", options=options)
     with torch.no_grad():
         compiled(x)
