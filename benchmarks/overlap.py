@@ -4,8 +4,9 @@
 
 Causal attention, eight in a graph, forward and backward, as attention.py measures them,
 under torch's profiler. A hop's time is that of its copies between GPUs, or of NCCL's
-kernels; what waits for a peer that is late is none. Prints a line for each rank and
-size; ``--trace`` is a folder for what Perfetto shows.
+kernels; what waits for a peer that is late is none. Of four steps the first is not
+counted: it starts on GPUs that are idle, and ranks are not in step yet. Prints a line
+for each rank and size; ``--trace`` is a folder for what Perfetto shows.
 """
 
 import argparse
@@ -20,9 +21,9 @@ from attention import PEERS
 from measure import Sizes, make_mesh
 from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import ProfilerActivity, profile
-from traces import find_share, split_events
+from traces import find_share, skip_first_step, split_events
 
-_STEPS = 3
+_STEPS = 4
 _ATTENTIONS = 8  # the first hop of a backward has nothing before it to fly under
 
 
@@ -61,6 +62,7 @@ def main() -> None:
             path = folder / f"{tokens}_tokens_rank_{dist.get_rank()}.json"
             trace_step(sizes, mesh, args.peer, path)
             hops, kernels = split_events(json.loads(path.read_text())["traceEvents"])
+            hops = skip_first_step(hops, _STEPS)
             share = find_share(hops, kernels)
             print(
                 f"{args.peer}, {sizes}, rank {dist.get_rank()}: {len(hops)} transfers,"

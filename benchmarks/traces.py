@@ -21,6 +21,17 @@ def split_events(events: Iterable[dict[str, Any]]) -> tuple[list[Interval], ...]
     return hops, kernels
 
 
+def skip_first_step(hops: Sequence[Interval], num_steps: int) -> list[Interval]:
+    """The hops of all steps but the first, which idle GPUs start at times of their own.
+
+    Args:
+        hops: of steps that are alike.
+        num_steps: how many.
+    """
+    assert len(hops) % num_steps == 0, f"{len(hops)} hops in {num_steps} equal steps"
+    return sorted(hops)[len(hops) // num_steps :]
+
+
 def find_share(hops: Sequence[Interval], kernels: Sequence[Interval]) -> float:
     """Of all hops' time what lies under a kernel; 1 if there are no hops."""
     total = sum(stop - start for start, stop in hops)

@@ -167,7 +167,7 @@ def find_selected(spec: TableSpec, device: torch.device) -> Table | Residues:
     firsts = spec.find_firsts()
     if firsts is not None:
         return Residues(
-            firsts=ops.ROW_TABLE(_FIRSTS + text, device=device)[0],
+            firsts=_spell_firsts(spec, firsts, device),
             base=min(firsts),
             rate=spec.selection.rate,
             count=len(rows[0]),
@@ -182,6 +182,22 @@ def find_selected(spec: TableSpec, device: torch.device) -> Table | Residues:
         shard_size=shard_size,
         wire=Wire(text, sum(map(len, rows)), device),
     )
+
+
+def _spell_firsts(
+    spec: TableSpec, firsts: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """Each head's first row: one behind the other by arithmetic, which fuses."""
+    base, rate = min(firsts), spec.selection.rate
+    start = firsts[0] - base
+    for step in (0, 1):
+        if firsts == tuple(
+            base + (start + step * h) % rate for h in range(len(firsts))
+        ):
+            heads = torch.arange(len(firsts), device=device)
+            return base + (start + step * heads) % rate
+    table: Tensor = ops.ROW_TABLE(_FIRSTS + str(spec), device=device)
+    return table[0]
 
 
 def find_runs(

@@ -248,3 +248,7 @@ def test_hops_lie_under_kernels_or_not() -> None:
     assert kernels == [(0, 10), (9, 12)]
     assert traces.find_share(hops, kernels) == (4 + 1) / (4 + 4 + 2)
     assert traces.find_share([], kernels) == 1
+    assert traces.skip_first_step([(8, 9), (0, 4), (5, 6), (2, 3)], 2) == [
+        (5, 6),
+        (8, 9),
+    ]

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ringcompile import ops
 from ringcompile.ir.layout import Layout
 from ringcompile.ir.schedule import Rows, Selection
 from ringcompile.lowering.rows import Residues, Segments, Span, Values
@@ -137,6 +138,32 @@ def test_rows_that_are_one_in_so_many_are_found_by_arithmetic(name: str) -> None
         assert torch.equal(lse[:, h, list(head)], x[:, h, list(head), 0])
         assert not placed[:, h, others].any()
         assert (lse[:, h, others] == -torch.inf).all()
+
+
+@pytest.mark.parametrize(
+    ("offsets", "takes_table"),
+    [
+        ((0, 1, 2, 3, 0, 1), False),
+        ((3, 0, 1), False),
+        ((2, 2, 2), False),
+        ((2, 0, 3, 1), True),
+    ],
+)
+def test_first_rows_one_behind_the_other_are_no_table(
+    offsets: tuple[int, ...], *, takes_table: bool
+) -> None:
+    def find_firsts() -> Tensor:
+        selection = Selection(8, 4, offsets, len(offsets))
+        spec = TableSpec(selection, Layout("contiguous", 2), 32, 1, None)
+        found = find_selected(spec, CPU)
+        assert isinstance(found, Residues)
+        return found.firsts
+
+    assert find_firsts().tolist() == list(offsets)
+    trace = torch.fx.experimental.proxy_tensor.make_fx
+    graph = trace(find_firsts, tracing_mode="fake")().graph
+    targets = {n.target for n in graph.nodes}
+    assert (ops.ROW_TABLE in targets) == takes_table
 
 
 def test_tables_are_not_constants_of_a_graph() -> None:
