@@ -68,8 +68,8 @@ def attend(
         scale: factor of the scores.
 
     Returns:
-        out ``(B, H, n, E)`` and natural-log lse ``(B, H, n)``, in the dtype that
-        partial results are merged in.
+        out ``(B, H, n, E)``, in the dtype that partial results are merged in or that of
+        ``q``, and natural-log lse ``(B, H, n)``, in the former.
     """
     backend = choose_backend(q, v)
     if backend is Backend.CPU_FLASH:
@@ -92,7 +92,7 @@ def attend(
         out, lse = ops.MASKED_ATTENTION(
             *(q, k, v, _rows(q), _rows(k), [], []), mask=_MASKS[is_causal], scale=scale
         )
-    return out.to(ops.accumulation_dtype(q.dtype)), lse
+    return out, lse
 
 
 def attend_backward(  # noqa: PLR0913 - what a backward reads

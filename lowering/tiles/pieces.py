@@ -42,7 +42,8 @@ def attend_piece(
         is_causal = piece.kernel is Kernel.CAUSAL
 
         kernel = partial(attend, is_causal=is_causal, scale=scale)
-        return view.put_queries(*view.call_kernel(kernel, (q, k, v)))
+        out, lse = view.call_kernel(kernel, (q, k, v))
+        return view.put_queries(out.to(ops.accumulation_dtype(q.dtype)), lse)
     q, k, v = map(view.take, (q, k, v))
     if flex.takes(part, q, v):
         positions = _positions(part, tile, view.call)
