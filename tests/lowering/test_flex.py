@@ -1,8 +1,10 @@
 """Tiles by flex_attention's kernels: on CPU its eager form, and the lists of blocks."""
 
+import sys
 from collections.abc import Callable
 from itertools import product
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from support.ring_cases import Case, join, run_cases
 from sympy.logic.boolalg import Boolean
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.fx import GraphModule
 
 from ringcompile import ops
 from ringcompile.ir.evaluate import evaluate
@@ -20,6 +23,7 @@ from ringcompile.ir.mask import B, Mask, at_least_zero, causal, key_padding, win
 from ringcompile.lowering.tiles import flex, pieces
 from ringcompile.lowering.tiles.block_lists import BLOCK, ListSpec, SomeRows
 from ringcompile.patterns import AttentionSpec, BigBird, Custom, LocalWindow, PerHead
+from ringcompile.torch_private import BlockLists, flex_forward
 
 NAMES = ("out", "dq", "dk", "dv")
 
@@ -256,3 +260,26 @@ def run_table(group: ProcessGroup, rank: int) -> tuple[Tensor, Tensor]:
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def test_whether_rows_fill_blocks_is_guarded() -> None:
+    """Kernels of an open length that its guard says fills blocks check no bounds."""
+    module = sys.modules["torch._higher_order_ops.flex_attention"]
+    hop, fills = Mock(), list[bool]()
+
+    def compile_graph(gm: GraphModule, _: list[object]) -> Callable[..., Any]:
+        inputs = gm.graph.find_nodes(op="placeholder")
+        (q,) = (x for n in inputs if isinstance(x := n.meta["example_value"], Tensor))
+        hop.return_value = (q, q[..., 0])
+        none = torch.zeros(1, 1, 1, dtype=torch.int32)
+        lists = BlockLists(*[none, none[..., None]] * 4)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "flex_attention", hop)
+            flex_forward(q, q, q, lists, lambda *_: none, (), scale=1.0)
+        fills.append(hop.call_args.args[6]["IS_DIVISIBLE"])
+        return gm.forward
+
+    call = torch.compile(lambda x: x.sin(), backend=compile_graph, dynamic=True)
+    for rows in (256, 512, 200, 300, 384, 64):
+        call(torch.ones(1, 1, rows, 16))
+    assert fills == [True, False]
