@@ -200,6 +200,22 @@ def test_documents_may_change_in_compiled_code() -> None:
                 assert_no_worse_than_one_rank(ours, base, want, f"{name}, {count}")
 
 
+@pytest.mark.parametrize("rows", [1000, 640])
+def test_documents_of_an_open_length(rows: int) -> None:
+    """One whose rows fill the kernels' blocks, or not, says nothing of the next."""
+    torch.compiler.reset()
+    call, _ = compile_ring(attend_documents, None, dynamic=True)
+    for number in (rows, 896, 999, 256):
+        *inputs, grad = (x[:, :, :number].cuda().bfloat16() for x in make_inputs())
+        ids = (torch.arange(number) >= number // 3).long()[None].cuda()
+        found = run_documents(call, inputs, grad, ids)
+        plain = run_documents(attend_documents, inputs, grad, ids)
+        wide = [x.double() for x in inputs]
+        exact = run_documents(attend_documents, wide, grad.double(), ids)
+        for name, ours, base, want in zip(NAMES, found, plain, exact, strict=True):
+            assert_no_worse_than_one_rank(ours, base, want, f"{name}, {number} rows")
+
+
 def _window(size: int) -> PatternCase:
     return PatternCase(
         p.DilatedWindow(size - 1), lambda H, _G, S: _near(H, S, 1, size - 1)
