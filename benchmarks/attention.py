@@ -161,6 +161,7 @@ def _deepspeed(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Call]:
 PEERS: dict[str, Peer] = {
     "ring": _ring(),
     "ring, sends": _ring(transport="p2p"),
+    "ring, flex": _ring(kernel="flex"),
     "ring, CUDA graphs": _ring(inductor={"triton.cudagraphs": True}),
     "ring, Ulysses": _ring_and_ulysses,
     "ring, Ulysses of 2": partial(_ring_and_ulysses, most=2),
