@@ -25,7 +25,7 @@ def skip_first_step(hops: Sequence[Interval], num_steps: int) -> list[Interval]:
     """The hops of all steps but the first, which idle GPUs start at times of their own.
 
     Args:
-        hops: of steps that are alike.
+        hops: of steps that are alike, one after the other.
         num_steps: how many.
     """
     assert len(hops) % num_steps == 0, f"{len(hops)} hops in {num_steps} equal steps"

@@ -33,7 +33,7 @@ from ringcompile.lowering.rows import (
 )
 from ringcompile.lowering.scores import PartBias
 from ringcompile.lowering.selected import TableSpec, find_runs, find_selected
-from ringcompile.torch_private import has_flex_kernel, outside_tracing
+from ringcompile.torch_private import FLEX_BLOCK, has_flex_kernel, outside_tracing
 
 read_plan = lru_cache(maxsize=1024)(parse_plan)
 
@@ -142,6 +142,7 @@ class Frame:
         kv_chunk: tokens in a chunk of keys.
         device: where the shards lie.
         least_window: rows of a window below which one kernel with a mask is faster.
+        fills_blocks: whether chunks are multiples of ``FLEX_BLOCK`` rows.
     """
 
     plan: RankPlan
@@ -149,6 +150,7 @@ class Frame:
     kv_chunk: Size
     device: torch.device
     least_window: int
+    fills_blocks: bool
 
     @property
     def shard(self) -> Span:
@@ -191,12 +193,22 @@ def build_program(
     """Read a plan for shards like ``q`` and ``v``, ``(B, H, T, D)``."""
     plan = read_plan(plan_text)
     schedule = plan.schedule
+    chunk = _chunk_size(plan, schedule.q_side, q.shape[2])
+    kv_chunk = _chunk_size(plan, schedule.kv_side, v.shape[2])
+    num_heads, fills_blocks = q.shape[1], False
+    if plan.kernel == "flex" or schedule.has_masked_tiles:
+        # Guards, the same on all ranks: else one compiles anew while others run.
+        num_heads = int(num_heads)
+        if has_flex_kernel(q, v):
+            fills = [bool(n % FLEX_BLOCK == 0) for n in (chunk, kv_chunk)]
+            fills_blocks = all(fills)
     frame = Frame(
         plan,
-        chunk=_chunk_size(plan, schedule.q_side, q.shape[2]),
-        kv_chunk=_chunk_size(plan, schedule.kv_side, v.shape[2]),
+        chunk=chunk,
+        kv_chunk=kv_chunk,
         device=q.device,
         least_window=LEAST_WINDOW[has_flex_kernel(q, v)],
+        fills_blocks=fills_blocks,
     )
     parts, number = [], 0
     for part in plan.schedule.parts:
@@ -204,14 +216,14 @@ def build_program(
         stages = []
         for stage in part.stages:
             tiles = (
-                _build_tile(step, part, queries, q.shape[1], frame) for step in stage
+                _build_tile(step, part, queries, num_heads, frame) for step in stage
             )
             stages.append(
                 tuple(replace(t, number=n) for n, t in enumerate(tiles, number))
             )
             number += len(stage)
         mask, is_selected = format_mask(part.mask), part.selection is not None
-        own = (x.take(queries, q.shape[1], by_head=is_selected) for x in biases)
+        own = (x.take(queries, num_heads, by_head=is_selected) for x in biases)
         parts.append(
             PartProgram(
                 *(queries, tuple(stages), mask, tuple(captures), frame),

@@ -15,9 +15,7 @@ from torch.fx import GraphModule
 
 from ringcompile.autocast import find_autocast_dtype, without_autocast
 from ringcompile.passes.scalar_graphs import is_constant, is_identity, run_scalars
-from ringcompile.torch_private import (
-    flex_is_autocast,
-)
+from ringcompile.torch_private import flex_is_autocast
 
 NUM_POSITIONS = 4  # b, h, q and k
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from itertools import chain
 from types import FrameType, MappingProxyType
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from torch._C._distributed_c10d import (
     _register_work,
 )
 from torch._C._distributed_c10d import _SymmetricMemory as SymmetricMemory
+from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
 from torch._logging._internal import trace_structured
 from torch._ops import OpOverload
@@ -27,11 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.fx import GraphModule
-from torch.fx.experimental.symbolic_shapes import (
-    ShapeEnv,
-    guard_or_false,
-    statically_known_true,
-)
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -273,21 +271,25 @@ def compile_with_inductor(
 def keep_input_notes(new: GraphModule, old: GraphModule) -> None:
     """Note on a graph's inputs what Dynamo did on those of the one it is made of.
 
-    That is where they come from, and which stay in their memory (parameters do): a CUDA
-    graph copies all others at each call.
+    That is where they come from, and which stay in their memory (parameters and the
+    graph's own constants do): a CUDA graph copies all others at each call.
     """
     sources = getattr(old, "_param_name_to_source", None)
-    held = dict([*new.named_parameters(), *new.named_buffers()])
-    if sources is None or not held.keys() <= sources.keys():
+    if sources is None or "dynamo_compile_id" not in old.meta:
         return
     inputs = (gm.graph.find_nodes(op="placeholder") for gm in (new, old))
     for node, noted in zip(*inputs, strict=True):
         node._dynamo_source = noted._dynamo_source  # noqa: SLF001
         if "tensor_dict" in noted.meta:
             node.meta["tensor_dict"] = noted.meta["tensor_dict"]
-    compile_id = "dynamo_compile_id"
-    new.meta[compile_id] = old.meta[compile_id]
-    new._param_name_to_source = sources  # noqa: SLF001
+    for key in ("dynamo_compile_id", "cudagraph_annotation"):
+        if key in old.meta:
+            new.meta[key] = old.meta[key]
+    held: Any = new  # it knows no such attribute
+    held._param_name_to_source = {  # noqa: SLF001
+        name: sources.get(name, ConstantSource(name))
+        for name, _ in chain(new.named_parameters(), new.named_buffers())
+    }
 
 
 def mode_patches(mode: str | None) -> dict[str, object]:
@@ -375,6 +377,7 @@ def flex_forward(  # noqa: PLR0913 - one attention's tensors
     buffers: tuple[Tensor, ...],
     *,
     scale: float,
+    fills_blocks: bool,
 ) -> tuple[Tensor, Tensor]:
     """Out and the lse, to the base 2, of ``flex_attention`` without its autograd.
 
@@ -386,15 +389,18 @@ def flex_forward(  # noqa: PLR0913 - one attention's tensors
         mask_mod: whether a pair counts, of b, h, q, k and ``buffers``.
         buffers: what it reads.
         scale: factor of the scores.
+        fills_blocks: that n and m are multiples of ``FLEX_BLOCK``: a kernel that checks
+            bounds takes twice as long.
     """
     from torch._higher_order_ops.flex_attention import (  # noqa: PLC0415
         flex_attention,
     )
 
+    options = {**_FLEX_OPTIONS, "IS_DIVISIBLE": fills_blocks}
     mask = _as_tuple(q, k, lists, mask_mod)
     with torch._C._AutoDispatchBelowAutograd():  # noqa: SLF001
         out, lse, *_ = flex_attention(
-            *(q, k, v, _same_score, mask, scale, _flex_options(q, k), (), buffers)
+            *(q, k, v, _same_score, mask, scale, options, (), buffers)
         )
     return out, lse
 
@@ -411,6 +417,7 @@ def flex_backward(  # noqa: PLR0913, PLR0917 - one attention's tensors
     buffers: tuple[Tensor, ...],
     *,
     scale: float,
+    fills_blocks: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, of ``out`` and ``lse`` (to the base 2) over all keys there are."""
     from torch._higher_order_ops.flex_attention import (  # noqa: PLC0415
@@ -419,17 +426,12 @@ def flex_backward(  # noqa: PLR0913, PLR0917 - one attention's tensors
 
     mask = _as_tuple(q, k, lists, mask_mod)
     backward: Any = flex_attention_backward
+    options = {**_FLEX_OPTIONS, "IS_DIVISIBLE": fills_blocks}
     dq, dk, dv, *_ = backward(
         *(q, k, v, out, lse, grad_out, None, _same_score, _same_gradient, mask),
-        *(scale, _flex_options(q, k), (), buffers),
+        *(scale, options, (), buffers),
     )
     return dq, dk, dv
-
-
-def _flex_options(q: Tensor, k: Tensor) -> dict[str, object]:
-    """With whether rows fill blocks, guarded: kernels that check take twice as long."""
-    is_full = all(guard_or_false(x.shape[2] % FLEX_BLOCK == 0) for x in (q, k))
-    return {**_FLEX_OPTIONS, "IS_DIVISIBLE": is_full}
 
 
 def _same_score(score: Tensor, *_: object) -> Tensor:

@@ -68,8 +68,8 @@ def attend(
         scale: factor of the scores.
 
     Returns:
-        out ``(B, H, n, E)``, in the dtype that partial results are merged in or that of
-        ``q``, and natural-log lse ``(B, H, n)``, in the former.
+        out ``(B, H, n, E)``, by GPUs' kernels in the dtype of ``q``, else in that which
+        partial results are merged in; natural-log lse ``(B, H, n)``, in the latter.
     """
     backend = choose_backend(q, v)
     if backend is Backend.CPU_FLASH:

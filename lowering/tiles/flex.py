@@ -17,6 +17,7 @@ from ringcompile import ops
 from ringcompile.ir.evaluate import evaluate
 from ringcompile.ir.layout import Layout, Side
 from ringcompile.ir.mask import has_captures
+from ringcompile.ir.schedule import Rows
 from ringcompile.ir.text import parse_mask
 from ringcompile.lowering.calls import Call
 from ringcompile.lowering.program import PartProgram, TileProgram
@@ -113,6 +114,7 @@ def attend(
         masking.mask_mod,
         masking.buffers,
         scale=part.frame.plan.scale,
+        fills_blocks=_fills_blocks(part, call, qkv[:2]),
     )
     dtype = ops.accumulation_dtype(out.dtype)
     return out.to(dtype), lse.to(dtype) * _LN_2
@@ -136,6 +138,20 @@ def attend_backward(
         masking.mask_mod,
         masking.buffers,
         scale=part.frame.plan.scale,
+        fills_blocks=_fills_blocks(part, call, (q, k)),
+    )
+
+
+def _fills_blocks(part: PartProgram, call: Call, qk: Sequence[Tensor]) -> bool:
+    """Whether its rows are whole blocks; of an open length what chunks say of them."""
+
+    def fills(of: Rows, rows: Size) -> bool:
+        if isinstance(rows, int):
+            return rows % BLOCK == 0
+        return part.frame.fills_blocks and (of.stop[1] - of.start[1]) % BLOCK == 0
+
+    return all(
+        fills(of, x.shape[2]) for of, x in zip((call.q, call.kv), qk, strict=True)
     )
 
 

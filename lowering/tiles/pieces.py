@@ -17,6 +17,9 @@ from ringcompile.lowering.tiles import flex
 from ringcompile.lowering.tiles.dense import attend, attend_backward
 
 _MOST_CLASSES_APART = 8
+"""Of more, calls for each take the host longer than a copy of all takes a GPU. H200, 4
+classes of 8,192 rows, runs of 1,024, 32:8 heads, ms: forward .20 to copy and .55, apart
+.60; backward 2.17 and the copies of five tensors, apart 2.33."""
 
 
 def attend_piece(
@@ -40,7 +43,6 @@ def attend_piece(
     view = View.of(piece, q)
     if _is_dense(part, piece):
         is_causal = piece.kernel is Kernel.CAUSAL
-
         kernel = partial(attend, is_causal=is_causal, scale=scale)
         out, lse = view.call_kernel(kernel, (q, k, v))
         return view.put_queries(out.to(ops.accumulation_dtype(q.dtype)), lse)
@@ -88,7 +90,6 @@ def piece_gradients(
     tensors = (grad_out, q, k, v, out, lse)
     if _is_dense(part, piece):
         is_causal = piece.kernel is Kernel.CAUSAL
-
         kernel = partial(attend_backward, is_causal=is_causal, scale=scale)
         return view.put_gradients(*view.call_kernel(kernel, tensors))
     taken = tuple(map(view.take, tensors))

@@ -286,6 +286,17 @@ class Schedule:
         return self.keys or self.q_side
 
     @property
+    def has_masked_tiles(self) -> bool:
+        """Whether some rank evaluates a predicate."""
+        return any(
+            piece.kernel is Kernel.MASKED
+            for part in self.parts
+            for step in part.steps
+            for tile in step.tiles
+            for piece in tile.pieces
+        )
+
+    @property
     def place(self) -> str:
         """The layouts as people read them."""
         if self.keys is None:

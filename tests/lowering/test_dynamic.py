@@ -1,6 +1,6 @@
 """One compiled graph serves many lengths."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from ringcompile import ops
 from ringcompile.ir.layout import Layout
+from ringcompile.lowering import program
 from ringcompile.lowering.inductor import inductor_patches
 from ringcompile.torch_private import compile_with_inductor
 
@@ -22,9 +23,13 @@ LENGTHS = (48, 96, 72, 120)
 
 
 def run_lengths(
-    group: ProcessGroup, rank: int, case: Case, backend: str
-) -> tuple[int, list[tuple[Tensor | None, ...]]]:
-    """How often it compiled, and out, dq, dk, dv for each length."""
+    group: ProcessGroup,
+    rank: int,
+    case: Case,
+    backend: str,
+    lengths: tuple[int, ...] = LENGTHS,
+) -> tuple[list[int], list[tuple[Tensor | None, ...]]]:
+    """How often it had compiled, and out, dq, dk, dv, after each length."""
     compiled = 0
 
     def compile_once(gm: GraphModule, example: list[Tensor]) -> Callable[..., object]:
@@ -36,40 +41,71 @@ def run_lengths(
 
     plan = plan_text(case, group, rank, timeout_s=120.0)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
-        out: Tensor = ops.RING_ATTENTION(q, k, v, [padding, padding], [], plan=plan)
+    def attend(q: Tensor, k: Tensor, v: Tensor, *captures: Tensor) -> Tensor:
+        out: Tensor = ops.RING_ATTENTION(q, k, v, list(captures), [], plan=plan)
         return out.sin()
 
     model = torch.compile(attend, backend=compile_once, fullgraph=True)
+    counts = list[int]()
     results: list[tuple[Tensor | None, ...]] = []
-    for length in LENGTHS:
+    for length in lengths:
         sized = case.with_length(length)
         at = torch.tensor(Layout(case.layout, group.size()).positions(rank, length))
         q, k, v, grad = (x[:, :, at] for x in sized.tensors())
         for x in (q, k, v):
             torch._dynamo.mark_dynamic(x, 2)
             x.requires_grad_()
-        padding = sized.captures[1]
-        torch._dynamo.mark_dynamic(padding, 1)
-        out = model(q, k, v, padding)
+        captures = sized.captures
+        for x in captures:
+            torch._dynamo.mark_dynamic(x, 1)
+        out = model(q, k, v, *captures)
         out.backward(grad)
+        counts.append(compiled)
         results.append((out.detach(), q.grad, k.grad, v.grad))
-    return compiled, results
+    return counts, results
 
 
 def check(ranks: RankPool, case: Case, backend: str, world_size: int) -> None:
     by_rank = ranks.run(run_lengths, case, backend, world_size=world_size)
-    assert [compiled for compiled, _ in by_rank] == [1] * world_size
-    for n, length in enumerate(LENGTHS):
+    assert [counts for counts, _ in by_rank] == [[1] * len(LENGTHS)] * world_size
+    compare([results for _, results in by_rank], case, LENGTHS)
+
+
+def compare(
+    by_rank: Sequence[Sequence[tuple[Tensor | None, ...]]],
+    case: Case,
+    lengths: Sequence[int],
+) -> None:
+    for n, length in enumerate(lengths):
         sized = case.with_length(length)
         q, k, v, grad = (x.double() for x in sized.tensors())
         inputs = [x.requires_grad_() for x in (q, k, v)]
         out = sized.attend_dense(*inputs).sin()
         want = (out.detach(), *torch.autograd.grad(out, inputs, grad))
-        shards = zip(*(results[n] for _, results in by_rank), strict=True)
+        shards = zip(*(results[n] for results in by_rank), strict=True)
         for got, expected in zip(shards, want, strict=True):
             error = (join(sized, got).double() - expected).abs().max()
             assert error < 1e-5, (case, length, error)
+
+
+def run_guarded(
+    group: ProcessGroup, rank: int, case: Case, lengths: tuple[int, ...]
+) -> tuple[list[int], list[tuple[Tensor | None, ...]]]:
+    """``run_lengths``, with the guards that there are on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "has_flex_kernel", lambda *_: True)
+        return run_lengths(group, rank, case, "expanded", lengths)
+
+
+def test_whether_rows_fill_blocks_is_guarded_alike_on_all_ranks(
+    ranks: RankPool,
+) -> None:
+    """One that compiles anew alone waits for the others, and they for its rows."""
+    case = Case("documents", "zigzag", any_length=True)
+    lengths = (256, 400, 1024, 2048, 160)
+    by_rank = ranks.run(run_guarded, case, lengths, world_size=2)
+    assert [counts for counts, _ in by_rank] == [[1, 1, 2, 2, 2]] * 2
+    compare([results for _, results in by_rank], case, lengths)
 
 
 EACH = [(x, y) for x in LAYOUTS for y in ("causal", "padding", "all")]
@@ -84,3 +120,25 @@ def test_any_length(ranks: RankPool, layout_and_mask: tuple[str, str]) -> None:
 @pytest.mark.slow
 def test_any_length_with_inductor(ranks: RankPool) -> None:
     check(ranks, Case("causal", "zigzag", any_length=True), "inductor", 2)
+
+
+def run_open_heads(group: ProcessGroup, rank: int, case: Case) -> Tensor:
+    plan = plan_text(case, group, rank, timeout_s=120.0)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = ops.RING_ATTENTION(q, k, v, [], [], plan=plan)
+        return out
+
+    model = torch.compile(attend, backend=compile_expanded, fullgraph=True)
+    inputs = case.tensors()[:3]
+    for x in inputs:
+        torch._dynamo.maybe_mark_dynamic(x, 1)
+    with torch.no_grad():
+        return model(*inputs)
+
+
+def test_a_window_is_cut_whatever_number_of_heads(ranks: RankPool) -> None:
+    case = Case("wide window", "contiguous", 96)
+    (out,) = ranks.run(run_open_heads, case, world_size=1)
+    want = case.attend_dense(*(x.double() for x in case.tensors()[:3]))
+    assert (out.double() - want).abs().max() < 1e-5

@@ -1,10 +1,8 @@
 """Tiles by flex_attention's kernels: on CPU its eager form, and the lists of blocks."""
 
-import sys
 from collections.abc import Callable
 from itertools import product
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,16 +12,16 @@ from support.ring_cases import Case, join, run_cases
 from sympy.logic.boolalg import Boolean
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.fx import GraphModule
 
 from ringcompile import ops
 from ringcompile.ir.evaluate import evaluate
 from ringcompile.ir.layout import LAYOUTS, Layout
 from ringcompile.ir.mask import B, Mask, at_least_zero, causal, key_padding, window
+from ringcompile.lowering import program
 from ringcompile.lowering.tiles import flex, pieces
 from ringcompile.lowering.tiles.block_lists import BLOCK, ListSpec, SomeRows
 from ringcompile.patterns import AttentionSpec, BigBird, Custom, LocalWindow, PerHead
-from ringcompile.torch_private import BlockLists, flex_forward
+from ringcompile.torch_private import size_hint
 
 NAMES = ("out", "dq", "dk", "dv")
 
@@ -37,11 +35,16 @@ def read_list(counts: Tensor, indices: Tensor, num_columns: int) -> Tensor:
 
 
 def obey_lists(call: Callable[..., Any]) -> Callable[..., Any]:
-    """As kernels do, and the eager form does not: what is not listed does not count."""
+    """As kernels do, and the eager form does not: what is not listed does not count.
 
-    def wrapped(*args: Any, scale: float) -> Any:  # noqa: ANN401
+    Nor do they check bounds of what they are told fills blocks.
+    """
+
+    def wrapped(*args: Any, scale: float, fills_blocks: bool) -> Any:  # noqa: ANN401
         *tensors, lists, mask_mod, buffers = args
         some, some_at, full, full_at = list(lists)[:4]
+        rows = [size_hint(x.shape[2]) for x in tensors[:2]]
+        assert fills_blocks == all(n % BLOCK == 0 for n in rows)
         num_columns = -(-tensors[1].shape[2] // BLOCK)
         on = read_list(some, some_at, num_columns) | read_list(
             full, full_at, num_columns
@@ -55,7 +58,11 @@ def obey_lists(call: Callable[..., Any]) -> Callable[..., Any]:
             kept: Tensor = mask_mod(b, h, q, k, *rest)
             return kept & blocks[b, h, q // BLOCK, k // BLOCK]
 
-        return call(*tensors, lists, listed, (*buffers, on), scale=scale)
+        return call(
+            *(*tensors, lists, listed, (*buffers, on)),
+            scale=scale,
+            fills_blocks=fills_blocks,
+        )
 
     return wrapped
 
@@ -75,6 +82,7 @@ def run_flex(
             patch.setattr(pieces, name, refuse)
         for name in ("MASKED_ATTENTION", "MASKED_ATTENTION_BACKWARD"):
             patch.setattr(ops, name, refuse)
+        patch.setattr(program, "has_flex_kernel", lambda *_: True)  # as on a GPU
         return run_cases(group, rank, cases)
 
 
@@ -87,6 +95,8 @@ def test_every_tile_is_flex(ranks: RankPool, cp_size: int) -> None:
             ("causal", "zigzag", 300, "eager", False),
             ("padding", "contiguous", 301, "expanded", False),
             ("documents", "zigzag", 48, "expanded", True),
+            ("documents", "zigzag", 512, "expanded", True),
+            ("causal", "contiguous", 256, "eager", False),
             ("global local", "contiguous", 300, "eager", False),
             ("window", "striped", 300, "eager", False),
             ("dilated window", "contiguous", 300, "expanded", False),
@@ -260,26 +270,3 @@ def run_table(group: ProcessGroup, rank: int) -> tuple[Tensor, Tensor]:
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
-
-
-def test_whether_rows_fill_blocks_is_guarded() -> None:
-    """Kernels of an open length that its guard says fills blocks check no bounds."""
-    module = sys.modules["torch._higher_order_ops.flex_attention"]
-    hop, fills = Mock(), list[bool]()
-
-    def compile_graph(gm: GraphModule, _: list[object]) -> Callable[..., Any]:
-        inputs = gm.graph.find_nodes(op="placeholder")
-        (q,) = (x for n in inputs if isinstance(x := n.meta["example_value"], Tensor))
-        hop.return_value = (q, q[..., 0])
-        none = torch.zeros(1, 1, 1, dtype=torch.int32)
-        lists = BlockLists(*[none, none[..., None]] * 4)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "flex_attention", hop)
-            flex_forward(q, q, q, lists, lambda *_: none, (), scale=1.0)
-        fills.append(hop.call_args.args[6]["IS_DIVISIBLE"])
-        return gm.forward
-
-    call = torch.compile(lambda x: x.sin(), backend=compile_graph, dynamic=True)
-    for rows in (256, 512, 200, 300, 384, 64):
-        call(torch.ones(1, 1, rows, 16))
-    assert fills == [True, False]

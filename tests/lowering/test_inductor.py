@@ -127,17 +127,23 @@ def test_joined_rows_are_written_where_they_belong(rows: tuple[int, int]) -> Non
 class Projected(nn.Module):
     shift: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_constant: bool) -> None:
         super().__init__()
         self.project = nn.Linear(8, 24)
         self.register_buffer("shift", torch.ones(8))
+        self.has_constant = has_constant
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.has_constant:
+            x = x * torch.tensor([1.0, 2.0, 3.0, 4.0] * 2)
         q, k, v = self.project(x + self.shift).chunk(3, -1)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def test_inputs_that_stay_in_memory_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_constant", [False, True])
+def test_inputs_that_stay_in_memory_are_known(
+    monkeypatch: pytest.MonkeyPatch, *, has_constant: bool
+) -> None:
     """A CUDA graph copies all others at each call."""
     stay: list[bool] = []
 
@@ -148,7 +154,7 @@ def test_inputs_that_stay_in_memory_are_known(monkeypatch: pytest.MonkeyPatch) -
             context = TracingContext.get()
             assert context.fw_metadata is not None
             where = context.fw_metadata.static_input_indices
-            assert len(given) == len(example)
+            assert len(given) == len(example) + has_constant
             stay.extend(n in where for n in range(len(given)))
             return traced.forward
 
@@ -156,10 +162,11 @@ def test_inputs_that_stay_in_memory_are_known(monkeypatch: pytest.MonkeyPatch) -
         return aot_module_simplified(gm, example, fw_compiler=compile_forward)
 
     monkeypatch.setattr(ring_backend, "compile_with_inductor", compile_graph)
-    model, x = Projected(), torch.randn(2, 2, 16, 8)
+    model, x = Projected(has_constant=has_constant), torch.randn(2, 2, 16, 8)
     options: Any = {"attention": LocalWindow(8, 4)}
     compiled = torch.compile(model, backend="ring", options=options)
     with torch.no_grad():
         compiled(x)
-    assert stay.count(True) == len([*model.parameters(), *model.buffers()])
+    held = [*model.parameters(), *model.buffers()]
+    assert stay.count(True) == len(held) + has_constant
     assert stay.count(False) == 1  # x
