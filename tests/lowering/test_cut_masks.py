@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from unittest.mock import Mock
 
 import pytest
@@ -10,7 +11,7 @@ from expecttest import assert_expected_inline
 from support.count_pairs import count_pairs
 from support.ranks import RankPool
 from support.ring_cases import Case, join, run_cases
-from support.sampling import slow
+from support.sampling import one_in, slow
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -133,21 +134,19 @@ def tiles_of(layout: str, cp_size: int, length: int) -> list[Place]:
     return [Place(where, length, (q, k)) for q in ranks for k in ranks]
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize(
-    ("layout", "cp_size", "length"),
-    [
-        ("contiguous", 1, 2048),
-        ("contiguous", 3, 1900),
-        ("zigzag", 1, 1280),
-        ("zigzag", 2, 2101),
-        ("striped", 2, 1024),
-        ("hilbert", 2, 1024),
-    ],
-)
-def test_each_pair_is_in_one_call(
-    layout: str, cp_size: int, length: int, mask: str
-) -> None:
+WHERE = [
+    ("contiguous", 1, 2048),
+    ("contiguous", 3, 1900),
+    ("zigzag", 1, 1280),
+    ("zigzag", 2, 2101),
+    ("striped", 2, 1024),
+    ("hilbert", 2, 1024),
+]
+
+
+@pytest.mark.parametrize("case", one_in(3, product(WHERE, MASKS)), ids=str)
+def test_each_pair_is_in_one_call(case: tuple[tuple[str, int, int], str]) -> None:
+    (layout, cp_size, length), mask = case
     for place in tiles_of(layout, cp_size, length):
         whole = MASKS[mask](length)
         calls = place.cut(whole)

@@ -9,6 +9,7 @@ import torch
 from support.compiling import compile_expanded
 from support.ranks import RankPool
 from support.ring_cases import Case, plan_text
+from support.sampling import slow
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.fx import Graph, GraphModule
@@ -55,7 +56,7 @@ def run_layers(
 
 
 @pytest.mark.parametrize(
-    ("num_masks", "any_length"), [(1, False), (2, False), (1, True)]
+    ("num_masks", "any_length"), [slow(1, False), (2, False), (1, True)]
 )
 def test_layers_share_the_lists_of_a_mask(
     ranks: RankPool, num_masks: int, any_length: bool
