@@ -183,6 +183,21 @@ def run_documents(
     return [out.detach(), *torch.autograd.grad(out, xs, grad)]
 
 
+def check_documents(
+    call: Callable[..., Tensor],
+    inputs: list[Tensor],
+    grad: Tensor,
+    ids: Tensor,
+    what: str,
+) -> None:
+    found = run_documents(call, inputs, grad, ids)
+    plain = run_documents(attend_documents, inputs, grad, ids)
+    wide = [x.double() for x in inputs]
+    exact = run_documents(attend_documents, wide, grad.double(), ids)
+    for name, ours, base, want in zip(NAMES, found, plain, exact, strict=True):
+        assert_no_worse_than_one_rank(ours, base, want, f"{name}, {what}")
+
+
 def test_documents_may_change_in_compiled_code() -> None:
     torch.compiler.reset()
     call, _ = compile_ring(attend_documents, None)
@@ -192,12 +207,7 @@ def test_documents_may_change_in_compiled_code() -> None:
         for count in (1, 5, 30, S):
             starts = torch.randint(0, S, (count, 1), generator=random)
             ids = (torch.arange(S) >= starts).sum(0, keepdim=True).cuda()
-            found = run_documents(call, inputs, grad, ids)
-            plain = run_documents(attend_documents, inputs, grad, ids)
-            wide = [x.double() for x in inputs]
-            exact = run_documents(attend_documents, wide, grad.double(), ids)
-            for name, ours, base, want in zip(NAMES, found, plain, exact, strict=True):
-                assert_no_worse_than_one_rank(ours, base, want, f"{name}, {count}")
+            check_documents(call, inputs, grad, ids, f"{count} documents")
 
 
 @pytest.mark.parametrize("rows", [1000, 640])
@@ -208,12 +218,7 @@ def test_documents_of_an_open_length(rows: int) -> None:
     for number in (rows, 896, 999, 256):
         *inputs, grad = (x[:, :, :number].cuda().bfloat16() for x in make_inputs())
         ids = (torch.arange(number) >= number // 3).long()[None].cuda()
-        found = run_documents(call, inputs, grad, ids)
-        plain = run_documents(attend_documents, inputs, grad, ids)
-        wide = [x.double() for x in inputs]
-        exact = run_documents(attend_documents, wide, grad.double(), ids)
-        for name, ours, base, want in zip(NAMES, found, plain, exact, strict=True):
-            assert_no_worse_than_one_rank(ours, base, want, f"{name}, {number} rows")
+        check_documents(call, inputs, grad, ids, f"{number} rows")
 
 
 def _window(size: int) -> PatternCase:
