@@ -123,14 +123,15 @@ def _flex_documents(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Call]:
     inputs = [x.requires_grad_() for x in sizes.draw(mesh, sizes.tokens)]
     compiled = compile_flex(mesh)
     batches = _draw_batches(sizes, mesh)
-    known = next(batches).clone()
+    total = sizes.tokens * sizes.num_ranks
+    known = torch.zeros(1, total, dtype=torch.int64, device=mesh.device_type)
 
     def mask_mod(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (known[0, q] == known[0, k]) & (q >= k)
 
     def forward() -> tuple[Tensor, ...]:
         known.copy_(next(batches))
-        mask = cut_block_mask(mask_mod, known.shape[1], mesh)
+        mask = cut_block_mask(mask_mod, total, mesh)
         each = zip(inputs[::3], inputs[1::3], inputs[2::3], strict=True)
         return tuple(compiled(*qkv, mask).transpose(1, 2) for qkv in each)
 

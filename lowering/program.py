@@ -195,11 +195,11 @@ def build_program(
     schedule = plan.schedule
     chunk = _chunk_size(plan, schedule.q_side, q.shape[2])
     kv_chunk = _chunk_size(plan, schedule.kv_side, v.shape[2])
-    num_heads, fills_blocks = q.shape[1], False
+    num_heads, is_flex, fills_blocks = q.shape[1], has_flex_kernel(q, v), False
     if plan.kernel == "flex" or schedule.has_masked_tiles:
         # Guards, the same on all ranks: else one compiles anew while others run.
         num_heads = int(num_heads)
-        if has_flex_kernel(q, v):
+        if is_flex:
             fills = [bool(n % FLEX_BLOCK == 0) for n in (chunk, kv_chunk)]
             fills_blocks = all(fills)
     frame = Frame(
@@ -207,7 +207,7 @@ def build_program(
         chunk=chunk,
         kv_chunk=kv_chunk,
         device=q.device,
-        least_window=LEAST_WINDOW[has_flex_kernel(q, v)],
+        least_window=LEAST_WINDOW[is_flex],
         fills_blocks=fills_blocks,
     )
     parts, number = [], 0
