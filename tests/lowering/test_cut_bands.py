@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support.count_pairs import count_pairs
 from support.ranks import RankPool
 from support.ring_cases import Case, join, run_cases
+from support.sampling import slow
 from sympy.logic.boolalg import Boolean
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -333,7 +334,7 @@ def run_unmasked(
         return run_cases(group, rank, cases)
 
 
-@pytest.mark.parametrize("cp_size", [1, 2, 3])
+@pytest.mark.parametrize("cp_size", [slow(1), 2, slow(3)])
 def test_rings_take_no_kernel_with_a_mask(ranks: RankPool, cp_size: int) -> None:
     heads = (4, 2, 16, 16)
     cases = tuple(

@@ -251,6 +251,18 @@ SHARED = "one of several attentions, "
 
 
 def test_rings_that_are_alike_are_one(ranks: RankPool) -> None:
+    for seen in check(ranks, stacked, CAUSAL, CAUSAL):
+        assert seen.ops_before == [2, 2]
+        assert seen.calls == [["shared_ring_0"] * 2] * 2
+        assert seen.hops == [[], [SHARED + "backward KV, step 1"] * 2]
+        assert seen.inside == [
+            [SHARED + "forward KV, step 1"],
+            [SHARED + "backward dKV, step 1"],
+        ]
+
+
+@pytest.mark.slow
+def test_rings_that_are_alike_are_one_beside_another(ranks: RankPool) -> None:
     window = replace(CAUSAL, mask="window")
     for seen in check(ranks, stacked, CAUSAL, window, CAUSAL):
         assert seen.ops_before == [3, 3]

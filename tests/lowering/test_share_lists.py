@@ -56,7 +56,7 @@ def run_layers(
 
 
 @pytest.mark.parametrize(
-    ("num_masks", "any_length"), [slow(1, False), (2, False), (1, True)]
+    ("num_masks", "any_length"), [slow(1, False), (2, False), slow(1, True)]
 )
 def test_layers_share_the_lists_of_a_mask(
     ranks: RankPool, num_masks: int, any_length: bool

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.compiling import compile_ring
 from support.ranks import RankPool
+from support.sampling import slow
 from support.spine_models import build_model, find_model, run_reference, run_step
 from support.tolerances import assert_gradients_equal, assert_output_equal
 from torch._dynamo.utils import counters
@@ -38,8 +39,9 @@ def run_lengths(
     return num_graphs[-1] - num_graphs[0]
 
 
-def test_one_graph_serves_many_lengths(ranks: RankPool) -> None:
-    assert ranks.run(run_lengths, (64, 96), "aot_eager", world_size=2) == [0, 0]
+@pytest.mark.parametrize("compiler", ["eager", slow("aot_eager")])
+def test_one_graph_serves_many_lengths(ranks: RankPool, compiler: str) -> None:
+    assert ranks.run(run_lengths, (64, 96), compiler, world_size=2) == [0, 0]
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def simulate_some(_group: ProcessGroup, rank: int, seeds: range) -> int:
     return num_rings
 
 
-@pytest.mark.parametrize("first", one_in(6, range(0, NUM_SIMULATED, CHUNK)))
+@pytest.mark.parametrize("first", one_in(12, range(0, NUM_SIMULATED, CHUNK)))
 def test_random_models_are_right_or_refused(ranks: RankPool, first: int) -> None:
     seeds = range(first, first + CHUNK)
     num_rings = ranks.run(simulate_some, seeds, world_size=SHARES)

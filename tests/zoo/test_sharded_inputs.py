@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from support.compiling import compile_ring
 from support.ranks import RankPool
+from support.sampling import slow
 from support.tolerances import assert_gradients_equal, assert_output_equal
 from support.training import build_llama, count_rings, without_codegen
 from torch import Tensor, nn
@@ -113,13 +114,13 @@ def test_a_block_in_each_layout(ranks: RankPool, layout: str, cp_size: int) -> N
     ranks.run(check_block, layout, world_size=cp_size)
 
 
-def check_llama(group: ProcessGroup, rank: int) -> None:
+def check_llama(group: ProcessGroup, rank: int, compiler: str) -> None:
     """An unmodified model: ids and labels are gathered, positions are global."""
     model = build_llama()
     reference = copy.deepcopy(model).double()
     options = {"inputs": "sharded", "layout": "zigzag"}
     call, record = compile_ring(
-        model, group, compiler="aot_eager", options=options, dynamic=True
+        model, group, compiler=compiler, options=options, dynamic=True
     )
     ids = torch.randint(0, 67, (2, 28), generator=torch.Generator().manual_seed(1))
     padding = torch.ones_like(ids)
@@ -144,8 +145,9 @@ def check_llama(group: ProcessGroup, rank: int) -> None:
     assert record.gathers == []
 
 
-def test_an_unmodified_llama_on_shards(ranks: RankPool) -> None:
-    ranks.run(check_llama, world_size=2)
+@pytest.mark.parametrize("compiler", ["eager", slow("aot_eager")])
+def test_an_unmodified_llama_on_shards(ranks: RankPool, compiler: str) -> None:
+    ranks.run(check_llama, compiler, world_size=2)
 
 
 def check_layers(group: ProcessGroup, rank: int) -> None:
