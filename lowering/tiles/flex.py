@@ -11,7 +11,7 @@ from math import log
 from typing import cast
 
 import torch
-from torch import SymInt, Tensor
+from torch import Tensor
 
 from ringcompile import ops
 from ringcompile.ir.evaluate import evaluate
@@ -175,10 +175,8 @@ def _build_masking(
     keeps = spell_tables(mask.keeps, len(part.captures))
     pairs = Pairs(at, (*part.captures, *tables), BLOCK)
     is_open = None in (schedule.q_side.length, schedule.kv_side.length)
-    if has_captures(mask.keeps):
+    if has_captures(mask.keeps) or is_open:
         lists = find_lists(keeps, pairs)
-    elif is_open:
-        lists = _list_all(q_pos, k_pos)
     else:
         spec = ListSpec(mask, int(sizes[1]), *_find_rows(part, tile, call))
         lists = BlockLists(*ops.BLOCK_LISTS(str(spec), device=q_pos.device))
@@ -215,20 +213,3 @@ def _find_rows(
 def _read_side(side: Side) -> tuple[Layout, int]:
     assert side.length is not None, "lists of blocks are of known lengths"
     return side.layout, side.length
-
-
-def _list_all(q_pos: Tensor, k_pos: Tensor) -> BlockLists:
-    """Every block, under the mask: where the length is open."""
-    sizes = tuple(_count(x.shape[0]) for x in (q_pos, k_pos))
-    made: list[Tensor] = []
-    for num_rows, num_columns in (sizes, sizes[::-1]):
-        none = q_pos.new_full((1, 1, num_rows), 0, dtype=torch.int32)
-        every = cast("int", num_columns)  # or symbolic
-        columns = torch.arange(every, dtype=torch.int32, device=q_pos.device)
-        indices = columns.expand(1, 1, num_rows, -1).contiguous()
-        made += [none + every, indices, none, indices]
-    return BlockLists(*made)
-
-
-def _count(rows: Size) -> int | SymInt:
-    return (rows + BLOCK - 1) // BLOCK

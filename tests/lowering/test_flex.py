@@ -97,6 +97,7 @@ def test_every_tile_is_flex(ranks: RankPool, cp_size: int) -> None:
             ("documents", "zigzag", 48, "expanded", True),
             ("documents", "zigzag", 512, "expanded", True),
             ("causal", "contiguous", 256, "eager", False),
+            ("causal", "striped", 300, "expanded", True),
             ("global local", "contiguous", 300, "eager", False),
             ("window", "striped", 300, "eager", False),
             ("dilated window", "contiguous", 300, "expanded", False),
@@ -107,6 +108,39 @@ def test_every_tile_is_flex(ranks: RankPool, cp_size: int) -> None:
         for n, want in enumerate(case.expected()):
             got = join(case, [s[n] for s in shards]).double()
             assert (got - want).abs().max() <= 3e-6 * want.abs().max(), (case, NAMES[n])
+
+
+def count_blocks(group: ProcessGroup, rank: int, case: Case) -> list[tuple[int, int]]:
+    """How many blocks each call of forward has under the mask, and how many full."""
+    counts = []
+    forward = flex.flex_forward
+
+    def count(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        some, _, full, _ = args[3][:4]
+        counts.append((int(some.sum()), int(full.sum())))
+        return forward(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex, "flex_forward", count)
+        run_cases(group, rank, (case,))
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("mask", "on_diagonal", "full"),
+    [("causal", 8, 28), ("all", 0, 64)],
+)
+def test_blocks_of_an_open_length_are_those_that_count(
+    ranks: RankPool, mask: str, on_diagonal: int, full: int
+) -> None:
+    """Of 8 x 8: a kernel that went through all of them would take twice as long."""
+    case = Case(
+        *(mask, "contiguous", 8 * BLOCK, (2, 1, 16, 16)),
+        kernel="flex",
+        compile="eager",
+        any_length=True,
+    )
+    assert ranks.run(count_blocks, case, world_size=1) == [[(on_diagonal, full)]]
 
 
 SPEC = AttentionSpec(4, 4, 640)
