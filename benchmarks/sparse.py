@@ -104,7 +104,7 @@ def _ring(
 def _ring_documents(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Call]:
     torch.compiler.reset()
     inputs = [x.requires_grad_() for x in sizes.draw(mesh, sizes.tokens)]
-    given = {"inputs": "sharded", "layout": "zigzag"}
+    given = {"inputs": "sharded", "layout": "striped"}
     compiled = torch.compile(
         _attend_documents, backend="ring", dynamic=True, options=given
     )
@@ -112,7 +112,7 @@ def _ring_documents(sizes: Sizes, mesh: DeviceMesh) -> Iterator[Call]:
 
     def forward() -> tuple[Tensor, ...]:
         ids = next(batches)
-        mine = ringcompile.shard(ids, 1, layout="zigzag", mesh=mesh).contiguous()
+        mine = ringcompile.shard(ids, 1, layout="striped", mesh=mesh).contiguous()
         return compiled(mine, *inputs)
 
     yield Call(forward, inputs)

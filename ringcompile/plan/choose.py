@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ringcompile.ir.layout import Layout, Side
+from ringcompile.ir.mask import has_documents
 from ringcompile.ir.schedule import PartSpec, Schedule
 from ringcompile.plan.cost import CPU, Machine, Sizes, estimate_seconds
 from ringcompile.plan.stages import build_schedule
 
 _SURE = 0.2  # by how much dealing out heads must be cheaper: more than the model errs
-# Simplest first. striped never costs less than zigzag by more than the model's error.
+# Simplest first. By what is known ahead striped never costs less than zigzag by more
+# than the model's error.
 _CANDIDATES = ("contiguous", "zigzag")
 _CLOSE = 0.03  # the model is no better than this; a closer call goes to the simpler
 
@@ -55,7 +57,9 @@ def choose_layout(
         machine: the rates to reckon with.
 
     Returns:
-        The layout, contiguous where zigzag gains nothing, and the reason in words.
+        The layout, contiguous where zigzag gains nothing, and the reason in words. Of
+        documents, which tensors tell, the ranks of zigzag may compute much or little:
+        there it is striped, which shares evenly whatever they say.
     """
     if cp_size == 1:
         return Layout("contiguous", 1), "one rank"
@@ -72,6 +76,11 @@ def choose_layout(
     }
     least = min(seconds.values())
     name = next(n for n in _CANDIDATES if seconds[n] <= least * (1 + _CLOSE))
+    masks = [mask for crossing in counts for mask, _ in crossing.parts]
+    if name == "zigzag" and all(has_documents(mask.keeps) for mask in masks):
+        return Layout("striped", cp_size), (
+            "striped shares evenly whatever documents the tensors tell"
+        )
     return Layout(name, cp_size), _format_reason(name, seconds)
 
 
