@@ -5,10 +5,10 @@
 
 Causal attention, eight in a graph, forward and backward, as attention.py measures them,
 or training steps of llama.py's model, under torch's profiler. A hop's time is that of
-its copies between GPUs, or of NCCL's kernels; what waits for a peer that is late is
-none. Of four steps the first is not counted: it starts on GPUs that are idle, and ranks
-are not in step yet. Prints a line for each rank and size; ``--trace`` is a folder for
-what Perfetto shows.
+its copies between GPUs, or of NCCL's sends; what waits for a peer that is late is none,
+nor are the sums of parameters' gradients that end a training step. Of four steps the
+first is not counted: it starts on GPUs that are idle, and ranks are not in step yet.
+Prints a line for each rank and size; ``--trace`` is a folder for what Perfetto shows.
 """
 
 import argparse

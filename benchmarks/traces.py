@@ -7,18 +7,24 @@ Interval = tuple[float, float]
 
 
 def split_events(events: Iterable[dict[str, Any]]) -> tuple[list[Interval], ...]:
-    """When hops were on their way and when kernels ran, of a Chrome trace."""
-    hops, kernels = [], []
+    """When hops were on their way and when kernels ran, of a Chrome trace.
+
+    Hops are copies between GPUs; in a trace without any, NCCL's kernels. Beside copies
+    those are no hops but sums of parameters' gradients, which a step ends with.
+    """
+    copies, collectives, kernels = [], [], []
     for event in events:
         if event.get("ph") != "X":
             continue
         name, kind = event["name"], event.get("cat")
         interval = (event["ts"], event["ts"] + event["dur"])
-        if "Memcpy PtoP" in name or name.startswith("ncclDevKernel"):
-            hops.append(interval)
+        if "Memcpy PtoP" in name:
+            copies.append(interval)
+        elif name.startswith("ncclDevKernel"):
+            collectives.append(interval)
         elif kind == "kernel":
             kernels.append(interval)
-    return hops, kernels
+    return copies or collectives, kernels
 
 
 def skip_first_step(hops: Sequence[Interval], num_steps: int) -> list[Interval]:

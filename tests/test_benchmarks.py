@@ -241,12 +241,16 @@ def test_hops_lie_under_kernels_or_not() -> None:
         event("Memcpy PtoP (Device -> Device)", 5, 4, "gpu_memcpy"),  # hidden
         event("Memcpy PtoP (Device -> Device)", 11, 4, "gpu_memcpy"),  # a quarter is
         event("Memcpy DtoD (Device -> Device)", 20, 4, "gpu_memcpy"),  # no hop
-        event("ncclDevKernel_SendRecv", 30, 2, "kernel"),  # no compute, though a kernel
+        event("ncclDevKernel_AllReduce", 30, 2, "kernel"),  # neither
         {"ph": "i", "name": "a mark"},
     ]
     hops, kernels = traces.split_events(events)
     assert kernels == [(0, 10), (9, 12)]
-    assert traces.find_share(hops, kernels) == (4 + 1) / (4 + 4 + 2)
+    assert traces.find_share(hops, kernels) == (4 + 1) / (4 + 4)
+    sends = [event("ncclDevKernel_SendRecv", 8, 4, "kernel"), *events[:2]]
+    hops, kernels = traces.split_events(sends)
+    assert kernels == [(0, 10), (9, 12)]
+    assert hops == [(8, 12)]
     assert traces.find_share([], kernels) == 1
     assert traces.skip_first_step([(8, 9), (0, 4), (5, 6), (2, 3)], 2) == [
         (5, 6),
