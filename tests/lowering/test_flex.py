@@ -21,7 +21,7 @@ from ringcompile.lowering import program
 from ringcompile.lowering.tiles import flex, pieces
 from ringcompile.lowering.tiles.block_lists import BLOCK, ListSpec, SomeRows
 from ringcompile.patterns import AttentionSpec, BigBird, Custom, LocalWindow, PerHead
-from ringcompile.torch_private import size_hint
+from ringcompile.torch_private import flex_forward, size_hint
 
 NAMES = ("out", "dq", "dk", "dv")
 
@@ -113,12 +113,11 @@ def test_every_tile_is_flex(ranks: RankPool, cp_size: int) -> None:
 def count_blocks(group: ProcessGroup, rank: int, case: Case) -> list[tuple[int, int]]:
     """How many blocks each call of forward has under the mask, and how many full."""
     counts = []
-    forward = flex.flex_forward
 
     def count(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         some, _, full, _ = args[3][:4]
         counts.append((int(some.sum()), int(full.sum())))
-        return forward(*args, **kwargs)
+        return flex_forward(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flex, "flex_forward", count)
