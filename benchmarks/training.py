@@ -246,7 +246,10 @@ TRAINERS: dict[str, Trainer] = {
 
 
 def try_training(name: str, sizes: Llama, mesh: DeviceMesh, rounds: int) -> Row:
-    """The row of a training step; peak memory is the fullest rank's."""
+    """The row of a training step; peak memory is the fullest rank's.
+
+    The first step also compiles, and tries kernels out: its peak stands by itself.
+    """
     torch.compiler.reset()
     gc.collect()  # the last model, whose graphs are circles
     on_gpu = mesh.device_type == "cuda"
@@ -258,10 +261,16 @@ def try_training(name: str, sizes: Llama, mesh: DeviceMesh, rounds: int) -> Row:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()  # the model's making is no step
         loss = step.run()
+        first = 0.0
+        if on_gpu:
+            first = _read_peak()
+            torch.cuda.reset_peak_memory_stats()  # nor is its compilation
 
         def measure() -> Row:
             row = _measure(step, sizes, mesh, rounds) | _check(step, loss)
-            return row | (_read_memory(mesh) if on_gpu else {})
+            if not on_gpu:
+                return row
+            return row | _read_memory(mesh) | {"first_step_gib": largest(first, mesh)}
 
         return measure
 
@@ -294,9 +303,14 @@ def _read_memory(mesh: DeviceMesh) -> Row:
     """Of tensors; and of all, buffers of transfers and what is cached included."""
     free, total = torch.cuda.mem_get_info()
     return {
-        "peak_gib": largest(torch.cuda.max_memory_allocated() / 2**30, mesh),
+        "peak_gib": largest(_read_peak(), mesh),
         "device_gib": largest((total - free) / 2**30, mesh),
     }
+
+
+def _read_peak() -> float:
+    """The most that tensors of this rank took at once."""
+    return torch.cuda.max_memory_allocated() / 2**30
 
 
 def compare(row: Row, ring: Row, device: str) -> Row:
