@@ -37,7 +37,7 @@ class Crossing:
         return self.queries or chosen, self.keys or chosen
 
 
-def choose_layout(
+def choose_layout(  # noqa: PLR0913 - what a choice hangs on
     attentions: Sequence[Sequence[PartSpec]],
     cp_size: int,
     length: int,
@@ -45,6 +45,7 @@ def choose_layout(
     crossings: Sequence[Crossing] = (),
     sizes: Sizes | None = None,
     machine: Machine = CPU,
+    deals_heads: bool = False,
 ) -> tuple[Layout, str]:
     """Choose one layout for all attentions of a sequence.
 
@@ -55,6 +56,8 @@ def choose_layout(
         crossings: attentions between the sequence and others.
         sizes: sizes of the attentions; None for 32 heads of 128, 8 for KV.
         machine: the rates to reckon with.
+        deals_heads: whether neighbours deal out heads (Ulysses), whose shards then have
+            to be one of the same layout: never so of striped.
 
     Returns:
         The layout, contiguous where zigzag gains nothing, and the reason in words. Of
@@ -77,7 +80,8 @@ def choose_layout(
     least = min(seconds.values())
     name = next(n for n in _CANDIDATES if seconds[n] <= least * (1 + _CLOSE))
     masks = [mask for crossing in counts for mask, _ in crossing.parts]
-    if name == "zigzag" and all(has_documents(mask.keeps) for mask in masks):
+    are_documents = all(has_documents(mask.keeps) for mask in masks)
+    if name == "zigzag" and are_documents and not deals_heads:
         return Layout("striped", cp_size), (
             "striped shares evenly whatever documents the tensors tell"
         )

@@ -47,6 +47,12 @@ def test_of_several_masks_the_costlier_decides() -> None:
     assert choose_layout(attentions, 8, 32_768)[0].name == "zigzag"
 
 
+def test_neighbours_that_deal_out_heads_keep_documents_in_runs() -> None:
+    packed = Mask(causal(), 1) & documents(0)
+    layout, _ = choose_layout([[(packed, None)]], 4, 8_192, deals_heads=True)
+    assert layout.name == "zigzag"
+
+
 def test_layers_that_see_more_than_documents_are_shared_by_what_is_known() -> None:
     packed = Mask(causal(), 1) & documents(0)
     attentions = [[(packed, None)], [(CAUSAL, None)]]
