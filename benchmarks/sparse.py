@@ -4,11 +4,13 @@
     torchrun --nproc-per-node 2 benchmarks/sparse.py --device cpu --tokens 1024
 
 Useful TFLOP/s per GPU as in attention.py, of the pairs that count; four attentions in a
-graph. ``share`` is the speed-up over the dense causal ring of the same
-run, divided by what the pairs that count promise: 1 is all that sparsity can give. Past
-65,536 tokens per rank dense attention takes minutes, and nothing is compared with it.
-Documents have other bounds in each call, of twelve drawn before, and what is made of
-them (torch's block mask) is timed with it.
+graph. ``share`` is the speed-up over the dense causal ring of the same run, divided by
+what the pairs that count promise: 1 is all that sparsity can give. Past 65,536 tokens
+per rank dense attention takes minutes, and nothing is compared with it. Documents have
+other bounds in each call, of twelve drawn before, and what is made of them (torch's
+block mask) is timed with it. Each has an eighth of the sequence, one with another: so
+long, striped shards share them evenly and zigzag ones do not; short ones have fewer
+blocks of pairs in zigzag.
 """
 
 from collections.abc import Callable, Iterator

@@ -9,10 +9,10 @@ Interval = tuple[float, float]
 def split_events(events: Iterable[dict[str, Any]]) -> tuple[list[Interval], ...]:
     """When hops were on their way and when kernels ran, of a Chrome trace.
 
-    Hops are copies between GPUs; in a trace without any, NCCL's kernels. Beside copies
-    those are no hops but sums of parameters' gradients, which a step ends with.
+    Hops are copies between GPUs; in a trace without any, NCCL's kernels. Its sums over
+    ranks are none: those of parameters' gradients end a step.
     """
-    copies, collectives, kernels = [], [], []
+    copies, sends, kernels = [], [], []
     for event in events:
         if event.get("ph") != "X":
             continue
@@ -21,10 +21,10 @@ def split_events(events: Iterable[dict[str, Any]]) -> tuple[list[Interval], ...]
         if "Memcpy PtoP" in name:
             copies.append(interval)
         elif name.startswith("ncclDevKernel"):
-            collectives.append(interval)
+            sends += [] if "AllReduce" in name else [interval]
         elif kind == "kernel":
             kernels.append(interval)
-    return copies or collectives, kernels
+    return copies or sends, kernels
 
 
 def skip_first_step(hops: Sequence[Interval], num_steps: int) -> list[Interval]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ringcompile.ir.attention import RankPlan
-from ringcompile.ir.layout import Side
+from ringcompile.ir.layout import Layout, Side
 from ringcompile.ir.schedule import Kernel, Part, Piece, Rows, Selection, Step, Tile
 from ringcompile.ir.text import format_mask, parse_plan
 from ringcompile.lowering.calls import Call
@@ -183,6 +183,21 @@ class Frame:
         )
 
 
+def _guard_blocks(chunk: Size, layout: Layout) -> bool:
+    """Whether a chunk is a number of whole blocks; guards all that pieces ask of rows.
+
+    Of an open length a piece asks whether it has one block or more. It has some chunks
+    of a shard, or a row less where a striped rank lies ahead of another: which of them
+    differs by rank, so that every rank asks it of all.
+    """
+    sizes = [count * chunk for count in range(1, layout.chunks_per_rank + 1)]
+    if layout.name == "striped":
+        sizes.append(chunk - 1)
+    for size in sizes:
+        bool(size <= FLEX_BLOCK)
+    return bool(chunk % FLEX_BLOCK == 0)
+
+
 def build_program(
     plan_text: str,
     q: Tensor,
@@ -200,7 +215,8 @@ def build_program(
         # Guards, the same on all ranks: else one compiles anew while others run.
         num_heads = int(num_heads)
         if is_flex:
-            fills = [bool(n % FLEX_BLOCK == 0) for n in (chunk, kv_chunk)]
+            sides = ((chunk, schedule.q_side), (kv_chunk, schedule.kv_side))
+            fills = [_guard_blocks(n, side.layout) for n, side in sides]
             fills_blocks = all(fills)
     frame = Frame(
         plan,

@@ -164,7 +164,6 @@ class Planner:
             *(parts, self._ranks.size, size),
             crossings=tuple(crossings),
             machine=self._machine,
-            deals_heads=(self._ranks.ulysses_size or 1) > 1,
         )
 
     def plan(

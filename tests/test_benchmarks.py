@@ -247,8 +247,9 @@ def test_hops_lie_under_kernels_or_not() -> None:
     hops, kernels = traces.split_events(events)
     assert kernels == [(0, 10), (9, 12)]
     assert traces.find_share(hops, kernels) == (4 + 1) / (4 + 4)
-    sends = [event("ncclDevKernel_SendRecv", 8, 4, "kernel"), *events[:2]]
-    hops, kernels = traces.split_events(sends)
+    sums = event("ncclDevKernel_AllReduce", 30, 2, "kernel")
+    sends = event("ncclDevKernel_SendRecv", 8, 4, "kernel")
+    hops, kernels = traces.split_events([*events[:2], sends, sums])
     assert kernels == [(0, 10), (9, 12)]
     assert hops == [(8, 12)]
     assert traces.find_share([], kernels) == 1

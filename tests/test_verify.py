@@ -67,6 +67,6 @@ def call_with(group: ProcessGroup, rank: int, what: str) -> str:
     ],
 )
 def test_ranks_that_differ_are_told(ranks: RankPool, what: str, text: str) -> None:
-    for error in ranks.run(call_with, what, world_size=2):
+    for error in ranks.run(call_with, what):
         assert text in error
         assert bool(error) is bool(text)

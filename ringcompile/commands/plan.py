@@ -72,10 +72,7 @@ class Question:
         machine = MACHINES[self.machine]
         parts = [(self.mask, None)]
         layout, reason = choose_layout(
-            *([parts], self.ranks, self.length),
-            sizes=self.sizes,
-            machine=machine,
-            deals_heads=self.ulysses > 1,
+            [parts], self.ranks, self.length, sizes=self.sizes, machine=machine
         )
         if self.layout != "auto":
             layout, reason = Layout(self.layout, self.ranks), "as asked"

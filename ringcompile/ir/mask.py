@@ -395,20 +395,6 @@ def has_captures(p: Boolean) -> bool:
     return any(map(is_capture, p.atoms(AppliedUndef)))
 
 
-def has_documents(p: Boolean) -> bool:
-    """Whether ``p`` compares what captures say of a query with what they say of a key.
-
-    Which pairs count is then known at run time only, and anything is possible.
-    """
-
-    def read(atom: Boolean) -> list[set[sympy.Basic]]:
-        captures = filter(is_capture, atom.atoms(AppliedUndef))
-        return [e.free_symbols & {Q, K} for e in captures]
-
-    atoms = p.atoms(sympy.Eq, sympy.Ne, sympy.Ge)
-    return any({Q} in of_atom and {K} in of_atom for of_atom in map(read, atoms))
-
-
 @lru_cache(maxsize=1024)
 def table_function(name: str) -> Callable[..., sympy.Expr]:
     """The function of a table of ``ir.tables``: 1 where a block is on, else 0."""

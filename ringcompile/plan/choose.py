@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ringcompile.ir.layout import Layout, Side
-from ringcompile.ir.mask import has_documents
 from ringcompile.ir.schedule import PartSpec, Schedule
 from ringcompile.plan.cost import CPU, Machine, Sizes, estimate_seconds
 from ringcompile.plan.stages import build_schedule
 
 _SURE = 0.2  # by how much dealing out heads must be cheaper: more than the model errs
-# Simplest first. By what is known ahead striped never costs less than zigzag by more
-# than the model's error.
+# Simplest first. striped never costs less than zigzag by more than the model's error.
 _CANDIDATES = ("contiguous", "zigzag")
 _CLOSE = 0.03  # the model is no better than this; a closer call goes to the simpler
 
@@ -37,7 +35,7 @@ class Crossing:
         return self.queries or chosen, self.keys or chosen
 
 
-def choose_layout(  # noqa: PLR0913 - what a choice hangs on
+def choose_layout(
     attentions: Sequence[Sequence[PartSpec]],
     cp_size: int,
     length: int,
@@ -45,7 +43,6 @@ def choose_layout(  # noqa: PLR0913 - what a choice hangs on
     crossings: Sequence[Crossing] = (),
     sizes: Sizes | None = None,
     machine: Machine = CPU,
-    deals_heads: bool = False,
 ) -> tuple[Layout, str]:
     """Choose one layout for all attentions of a sequence.
 
@@ -56,13 +53,9 @@ def choose_layout(  # noqa: PLR0913 - what a choice hangs on
         crossings: attentions between the sequence and others.
         sizes: sizes of the attentions; None for 32 heads of 128, 8 for KV.
         machine: the rates to reckon with.
-        deals_heads: whether neighbours deal out heads (Ulysses), whose shards then have
-            to be one of the same layout: never so of striped.
 
     Returns:
-        The layout, contiguous where zigzag gains nothing, and the reason in words. Of
-        documents, which tensors tell, the ranks of zigzag may compute much or little:
-        there it is striped, which shares evenly whatever they say.
+        The layout, contiguous where zigzag gains nothing, and the reason in words.
     """
     if cp_size == 1:
         return Layout("contiguous", 1), "one rank"
@@ -79,12 +72,6 @@ def choose_layout(  # noqa: PLR0913 - what a choice hangs on
     }
     least = min(seconds.values())
     name = next(n for n in _CANDIDATES if seconds[n] <= least * (1 + _CLOSE))
-    masks = [mask for crossing in counts for mask, _ in crossing.parts]
-    are_documents = all(has_documents(mask.keeps) for mask in masks)
-    if name == "zigzag" and are_documents and not deals_heads:
-        return Layout("striped", cp_size), (
-            "striped shares evenly whatever documents the tensors tell"
-        )
     return Layout(name, cp_size), _format_reason(name, seconds)
 
 

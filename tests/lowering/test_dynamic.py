@@ -16,6 +16,7 @@ from ringcompile import ops
 from ringcompile.ir.layout import Layout
 from ringcompile.lowering import program
 from ringcompile.lowering.inductor import inductor_patches
+from ringcompile.lowering.tiles import flex
 from ringcompile.torch_private import compile_with_inductor
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
@@ -28,6 +29,7 @@ def run_lengths(
     case: Case,
     backend: str,
     lengths: tuple[int, ...] = LENGTHS,
+    mark: Callable[..., None] = torch._dynamo.mark_dynamic,
 ) -> tuple[list[int], list[tuple[Tensor | None, ...]]]:
     """How often it had compiled, and out, dq, dk, dv, after each length."""
     compiled = 0
@@ -53,11 +55,11 @@ def run_lengths(
         at = torch.tensor(Layout(case.layout, group.size()).positions(rank, length))
         q, k, v, grad = (x[:, :, at] for x in sized.tensors())
         for x in (q, k, v):
-            torch._dynamo.mark_dynamic(x, 2)
+            mark(x, 2)
             x.requires_grad_()
         captures = sized.captures
         for x in captures:
-            torch._dynamo.mark_dynamic(x, 1)
+            mark(x, 1)
         out = model(q, k, v, *captures)
         out.backward(grad)
         counts.append(compiled)
@@ -88,13 +90,15 @@ def compare(
             assert error < 1e-5, (case, length, error)
 
 
-def run_guarded(
+def run_flex(
     group: ProcessGroup, rank: int, case: Case, lengths: tuple[int, ...]
 ) -> tuple[list[int], list[tuple[Tensor | None, ...]]]:
-    """``run_lengths``, with the guards that there are on a GPU."""
+    """``run_lengths``, with a GPU's guards and kernels, those in their eager form."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "has_flex_kernel", lambda *_: True)
-        return run_lengths(group, rank, case, "expanded", lengths)
+        for module in (program, flex):
+            patch.setattr(module, "has_flex_kernel", lambda *_: True)
+        mark = torch._dynamo.maybe_mark_dynamic
+        return run_lengths(group, rank, case, "expanded", lengths, mark)
 
 
 def test_whether_rows_fill_blocks_is_guarded_alike_on_all_ranks(
@@ -103,8 +107,19 @@ def test_whether_rows_fill_blocks_is_guarded_alike_on_all_ranks(
     """One that compiles anew alone waits for the others, and they for its rows."""
     case = Case("documents", "zigzag", any_length=True)
     lengths = (256, 400, 1024, 2048, 160)
-    by_rank = ranks.run(run_guarded, case, lengths, world_size=2)
-    assert [counts for counts, _ in by_rank] == [[1, 1, 2, 2, 2]] * 2
+    by_rank = ranks.run(run_flex, case, lengths, world_size=2)
+    assert [counts for counts, _ in by_rank] == [[1, 2, 3, 3, 3]] * 2
+    compare([results for _, results in by_rank], case, lengths)
+
+
+def test_how_many_blocks_a_piece_has_is_guarded_alike_on_all_ranks(
+    ranks: RankPool,
+) -> None:
+    """A striped rank ahead of another reads a row less of its: one block of 129."""
+    case = Case("causal", "striped", kernel="flex", any_length=True)
+    lengths = (520, 258, 600)
+    by_rank = ranks.run(run_flex, case, lengths, world_size=2)
+    assert [counts for counts, _ in by_rank] == [[1, 2, 2]] * 2
     compare([results for _, results in by_rank], case, lengths)
 
 

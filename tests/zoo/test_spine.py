@@ -1,6 +1,6 @@
 """The spine's matrix: models x spellings x ranks, each against eager float64.
 
-CI runs a cell with Inductor, and one with padding. The whole matrix, by hand:
+CI runs a few cells, without Inductor. The whole matrix, by hand:
 
     pytest -q -m slow tests/zoo/test_spine.py
 """
