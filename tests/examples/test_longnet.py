@@ -35,7 +35,10 @@ def train_small(
     return [s.loss for s in steps], len(record.rings)
 
 
-@pytest.mark.parametrize(("attention", "num_steps"), [("exact", 20), ("longnet", 45)])
+@pytest.mark.parametrize(
+    ("attention", "num_steps"),
+    [pytest.param("exact", 20, marks=pytest.mark.slow), ("longnet", 45)],
+)
 def test_it_learns_and_ranks_agree(
     ranks: RankPool, attention: str, num_steps: int
 ) -> None:

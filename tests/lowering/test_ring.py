@@ -207,17 +207,13 @@ def test_traced_by_aot_autograd(ranks: RankPool) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
         Case("longnet", compile="inductor"),
-        pytest.param(
-            Case("documents", "zigzag", 37, compile="inductor"), marks=pytest.mark.slow
-        ),
-        pytest.param(
-            Case("window", "hilbert", 37, block_order="hilbert", compile="inductor"),
-            marks=pytest.mark.slow,
-        ),
+        Case("documents", "zigzag", 37, compile="inductor"),
+        Case("window", "hilbert", 37, block_order="hilbert", compile="inductor"),
     ],
 )
 def test_compiled_by_inductor(ranks: RankPool, case: Case) -> None:

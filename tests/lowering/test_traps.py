@@ -74,6 +74,7 @@ def test_checkpointing_replays_no_hop(ranks: RankPool) -> None:
     check_results(traces)
 
 
+@pytest.mark.slow
 def test_checkpointing_replays_hops_unless_results_are_kept(ranks: RankPool) -> None:
     traces = ranks.run(trace_checkpointed, CASE, ("keep",), world_size=3)
     fetched, *others = traces[2].tags[1]

@@ -65,7 +65,7 @@ def find_regions(row: SpineModel, attention: str, dynamic: bool | None) -> list[
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("row", one_in(3, ROWS), ids=lambda row: row.name)
+@pytest.mark.parametrize("row", one_in(6, ROWS), ids=lambda row: row.name)
 def test_mask_of_model_is_read(row: SpineModel, attention: str) -> None:
     for region in find_regions(row, attention, dynamic=None):
         assert str(region.mask) == MASKS[row.name]
@@ -75,7 +75,7 @@ def test_mask_of_model_is_read(row: SpineModel, attention: str) -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", one_in(3, DYNAMIC))
+@pytest.mark.parametrize("name", one_in(6, DYNAMIC))
 def test_mask_of_model_is_read_with_symbolic_sizes(name: str, attention: str) -> None:
     row = next(row for row in ROWS if row.name == name)
     for region in find_regions(row, attention, dynamic=True):

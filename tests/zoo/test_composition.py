@@ -331,6 +331,7 @@ def test_copies_and_several_models(
 
 
 # Torch's own, where Dynamo goes on behind a break.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_explain_prices_graph_breaks() -> None:
     ids = make_batches(1)[0]
