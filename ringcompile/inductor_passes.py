@@ -28,6 +28,9 @@ GraphPass = Callable[[Graph], None]
 OWN_MEMORY = "ringcompile.own_memory"
 """In the meta of a graph: no result lies in an operand or in another result."""
 
+_IN_ORDER = "ringcompile.in_order"
+"""In the meta of a node: if it becomes a kernel of its own, that keeps its place."""
+
 
 def passes_of(patches: Mapping[str, object], name: str) -> list[Any]:
     """The passes that a user has asked for under that name, here or globally."""
@@ -116,6 +119,9 @@ def trace_graph(
 ) -> GraphModule:
     """What ``run`` does, as a graph that Inductor's passes over such have not seen.
 
+    Its matrix products and attention keep their places among what it sends, wherever
+    its nodes are copied to.
+
     Args:
         run: computes tensors, without gradients.
         values: what it is called with; fake tensors of one mode.
@@ -130,6 +136,8 @@ def trace_graph(
     with modes[0], torch.no_grad(), _DisableAutocast():
         graph = trace(*values)
     graph.graph = fx_graph_cse(graph.graph)
+    for node in graph.graph.nodes:
+        node.meta[_IN_ORDER] = True
     graph.recompile()
     view_to_reshape(graph)
     return graph
@@ -164,10 +172,12 @@ call_graph._inductor_lowering_function = True  # type: ignore[attr-defined] # no
 def order_pass(
     communicates: Callable[[GraphModule], bool], uuid: str, others: Sequence[Any] = ()
 ) -> Callable[[list[Any]], list[Any]]:
-    """A pass over schedules: called graphs that communicate stay in order.
+    """A pass over schedules: communication and what it flies under stay in order.
 
     Inductor itself keeps collectives in the order of the graph, as it must be the same
-    on all ranks, but does not look for them inside of called graphs.
+    on all ranks, but does not look for them inside of called graphs. Nor does it mind
+    what it computes between a start and its wait: what is fused with something that
+    stands early takes all that it reads along, a large kernel out of there too.
 
     Args:
         communicates: whether a graph does.
@@ -193,12 +203,14 @@ def order_pass(
         def __call__(self, nodes: list[Any]) -> list[Any]:
             for other in others:
                 nodes = other(nodes)
-            calls = {node for node in nodes if is_call(node)}
-            ordered = [n for n in nodes if n in calls or contains_collective(n)]
+            ordered = [
+                n
+                for n in nodes
+                if is_call(n) or contains_collective(n) or _keeps_place(n)
+            ]
             for first, second in pairwise(ordered):
-                if first in calls or second in calls:
-                    _add_order(first, second)
-            if calls:
+                _add_order(first, second)
+            if ordered:
                 _spread_ancestors(nodes)
             return nodes
 
@@ -207,6 +219,17 @@ def order_pass(
 
     made: Callable[[list[Any]], list[Any]] = KeepOrder()
     return made
+
+
+def _keeps_place(node: Any) -> bool:  # noqa: ANN401 - Inductor's
+    """Whether it is a kernel, or a wait, of a graph of ``trace_graph``."""
+    from torch._inductor import ir  # noqa: PLC0415
+
+    if not (node.is_extern() or node.is_template()):
+        return False
+    if isinstance(node.node, ir.MultiOutput | ir.NopKernel):
+        return False
+    return any(origin.meta.get(_IN_ORDER) for origin in node.node.origins)
 
 
 def _add_order(first: Any, second: Any) -> None:  # noqa: ANN401 - Inductor's

@@ -27,6 +27,16 @@ from ringcompile.lowering.hops import Tag
 from ringcompile.torch_private import WAIT_TENSOR, compile_with_inductor
 
 CAUSAL = Case("causal", "zigzag")
+_CPU_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_CPU_FLASH_BACKWARD = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+)
+PLACED = {
+    ops.HOP: "start",
+    WAIT_TENSOR: "wait",
+    _CPU_FLASH.default: "tile",
+    _CPU_FLASH_BACKWARD.default: "tile",
+}
 
 
 @dataclass(slots=True)
@@ -41,6 +51,8 @@ class Seen:
         orders: what graphs start, wait for and call.
         sequences: the same, starts by their tags.
         chained: calls, and how many of them wait for the communication before them.
+        laid: starts, waits and tiles as they stand in the graph.
+        scheduled: the same as Inductor runs them.
         results: out and gradients.
     """
 
@@ -51,6 +63,8 @@ class Seen:
     orders: list[list[str]] = field(default_factory=list)
     sequences: list[list[str]] = field(default_factory=list)
     chained: list[tuple[int, int]] = field(default_factory=list)
+    laid: list[list[str]] = field(default_factory=list)
+    scheduled: list[list[str]] = field(default_factory=list)
     results: list[Tensor] = field(default_factory=list)
 
     def expand(self, graph: Graph, **how: bool) -> None:
@@ -63,6 +77,7 @@ class Seen:
             assert len(set(calls)) == len(calls), "something is computed twice"
             return
         self.ops_before.append(before)
+        self.laid.append([PLACED[n.target] for n in graph.nodes if n.target in PLACED])
         self.calls.append([str(n.args[1]) for n in find(graph, call_graph)])
         self.hops.append(read_tags(graph))
         names = {ops.HOP: "start", WAIT_TENSOR: "wait", call_graph: "ring"}
@@ -88,6 +103,11 @@ class Seen:
         ]
         if calls:
             self.chained.append((len(calls), sum(weak)))
+        return nodes
+
+    def see_fused(self, nodes: list[Any]) -> list[Any]:
+        ops_of = [getattr(n.node, "op_overload", None) for n in nodes]
+        self.scheduled.append([PLACED[op] for op in ops_of if op in PLACED])
         return nodes
 
 
@@ -163,6 +183,19 @@ def feeding_both(plans: list[str]) -> Model:
     return model
 
 
+def normed(plans: list[str]) -> Model:
+    """Weights scale what goes into rings, and what comes out of them."""
+
+    def model(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        before, behind = k[0, 0, 0], v[0, 0, 0]
+        for plan in plans:
+            out = ops.RING_ATTENTION(x * before, k, v, [], [], plan=plan)
+            x = (x + out) * behind
+        return x
+
+    return model
+
+
 def checkpointed(plans: list[str]) -> Model:
     def model(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for plan in plans:
@@ -208,6 +241,7 @@ def run_rings(
             ours = inductor.inductor_patches(patches)
         order: Any = ours["_pre_fusion_custom_pass"]
         ours["_pre_fusion_custom_pass"] = lambda nodes: seen.see_schedule(order(nodes))
+        ours["_post_fusion_custom_pass"] = seen.see_fused
         return compile_with_inductor(gm, example, ours)
 
     *inputs, grad = first.shard(group.size(), rank)
@@ -297,6 +331,17 @@ def test_a_single_ring_is_written_out(ranks: RankPool) -> None:
             ["attention 0, forward KV, step 1"],
             ["attention 0, backward KV, step 1", "attention 0, backward dKV, step 1"],
         ]
+
+
+def test_fusion_takes_no_kernel_from_where_a_hop_flies_under_it(
+    ranks: RankPool,
+) -> None:
+    """A sum of the ring's gradients could be fused with one that comes before it."""
+    for seen in check(ranks, normed, CAUSAL):
+        assert seen.scheduled == seen.laid
+        forward, backward = ([name for name, _ in groupby(x)] for x in seen.laid)
+        assert forward == ["start", "tile", "wait", "tile"]
+        assert backward == ["start", "wait", "tile", "start", "tile", "wait"]
 
 
 @pytest.mark.parametrize(
