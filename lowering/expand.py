@@ -6,8 +6,8 @@ and, where Inductor can call a graph, compiled once; lists of blocks, of a mask 
 of them read, are made once. What backward computes first it has to fetch, so that hop
 starts before the ring does: ahead of the ring before it, under which it flies.
 Invariant: the tags of hops are told by the plans of a graph alone, which are alike on
-all ranks, and their order by whether CUDA graphs are asked for too; how rings are
-compiled, strides and settings decide as well.
+all ranks, and their order by whether CUDA graphs may be cut in between too; how rings
+are compiled, strides and settings decide as well.
 """
 
 from collections import Counter
@@ -48,15 +48,15 @@ _LOOPS: Mapping[Callable[..., object] | str, Callable[..., list[Tensor]]] = (
 COMMUNICATING = (ops.HOP, ops.ALL_GATHER, ops.ALL_REDUCE)
 
 
-def expand_rings(graph: Graph, *, can_call: bool, may_fetch_ahead: bool = True) -> None:
+def expand_rings(graph: Graph, *, can_call: bool, may_be_cut: bool = False) -> None:
     """Replace every ring op by what it does.
 
     Args:
         graph: of forward or backward, with fake values.
         can_call: whether rings that are alike may become calls of one graph; else each
             of them is written out.
-        may_fetch_ahead: whether what a ring fetches first may start before the ring
-            before it; else it starts with its own ring.
+        may_be_cut: whether the graph may be cut in CUDA graphs: then what a ring
+            fetches first starts with the ring, not before the ring before it.
     """
     alike: dict[tuple[object, ...], list[Node]] = {}
     counts: Counter[tuple[object, ...]] = Counter()
@@ -81,7 +81,7 @@ def expand_rings(graph: Graph, *, can_call: bool, may_fetch_ahead: bool = True) 
             head = split_lists(body)
             lists |= {} if head is None else dict.fromkeys(nodes, head)
     shared = share_lists(graph, lists)
-    fetched = fetch_early(graph, fetches, is_ahead=may_fetch_ahead)
+    fetched = fetch_early(graph, fetches, is_ahead=not may_be_cut)
     given = {n: [*fetched.get(n, ()), *shared.get(n, ())] for n in fetched | shared}
     for nodes, body in zip(alike.values(), bodies, strict=True):
         if can_call and len(nodes) > 1 and _is_fixed(nodes[0]):

@@ -52,8 +52,8 @@ def fetch_early(
         graph: of forward or backward.
         heads: of rings in it, as ``split_first_fetch`` cuts them.
         is_ahead: whether starts may stand ahead of other rings, and of what else comes
-            before their own. Not in CUDA graphs: what a graph starts it has to wait
-            for, and Inductor may cut graphs between any two attentions.
+            before their own. Not where Inductor may cut CUDA graphs in between: what
+            one starts it has to wait for.
 
     Returns:
         For each ring what its body reads beside its operands.

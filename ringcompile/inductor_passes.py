@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._C import _DisableAutocast
 from torch._functorch.compile_utils import fx_graph_cse
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import (
     FunctionalTensorMode,
@@ -20,7 +20,7 @@ from torch._subclasses.functional_tensor import (
 )
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import CheckpointPolicy
 
 GraphPass = Callable[[Graph], None]
@@ -86,7 +86,9 @@ def first_pass(
 
     Args:
         run: what it does; ``can_call`` tells whether Inductor can call a graph from
-            another, which it can't where it writes C++ or makes CUDA graphs.
+            another, which it can't where it writes C++ or makes CUDA graphs, and
+            ``may_be_cut`` whether it may cut the graph in CUDA graphs, over whose ends
+            nothing is under way.
         uuid: what the compile cache knows the pass by; empty keeps graphs out of it.
         others: the user's own passes, run first.
     """
@@ -105,13 +107,35 @@ def first_pass(
                     other(graph)
             captures = config.triton.cudagraphs
             can_call = not (config.cpp_wrapper or captures)
-            run(graph, can_call=can_call, may_fetch_ahead=not captures)
+            may_be_cut = captures and not _fits_one_cuda_graph(graph)
+            run(graph, can_call=can_call, may_be_cut=may_be_cut)
 
         def uuid(self) -> str | None:
             return uuid or None
 
     made: GraphPass = FirstPass()
     return made
+
+
+def _fits_one_cuda_graph(graph: Graph) -> bool:
+    """Whether a CUDA graph can hold all of it, as far as its nodes tell."""
+    from torch._inductor import config  # noqa: PLC0415
+    from torch._inductor.utils import (  # noqa: PLC0415
+        get_first_incompatible_cudagraph_node,
+    )
+
+    module = graph.owning_module
+    if module is None or get_first_incompatible_cudagraph_node(module) is not None:
+        return False
+    if config.triton.cudagraph_skip_dynamic_graphs:
+        return False
+    if getattr(config, "custom_should_partition_ops", None):  # 2.11 may have none
+        return False
+    if any(isinstance(node.target, HigherOrderOperator) for node in graph.nodes):
+        return False
+    values = [node.meta.get("val") for node in graph.nodes]
+    values += [getattr(module, str(n.target)) for n in graph.find_nodes(op="get_attr")]
+    return all(x.is_cuda for x in tree_leaves(values) if isinstance(x, Tensor))
 
 
 def trace_graph(

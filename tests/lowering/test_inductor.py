@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_module_simplified  # noqa: TID251
 from torch._guards import TracingContext
 from torch._inductor.utils import run_and_get_code  # noqa: TID251
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ringcompile import backend as ring_backend
 from ringcompile import ops
-from ringcompile.inductor_passes import GraphPass, pass_uuid
+from ringcompile.inductor_passes import GraphPass, first_pass, pass_uuid
 from ringcompile.lowering import inductor
 from ringcompile.lowering.inductor import inductor_patches, sources_hash
 from ringcompile.lowering.rows import join
@@ -101,6 +103,44 @@ def test_caches_know_which_nodes_are_checkpointed_and_together() -> None:
 def test_sources_are_all_that_give_a_plan_its_meaning() -> None:
     names = {f.name for f in inductor.source_files()}
     assert {"ring.py", "process_group.py", "ops.py", "schedule.py"} <= names
+
+
+def _uploaded(x: Tensor) -> Tensor:
+    return x + torch.ones(4).to(x.device)
+
+
+def _branched(x: Tensor) -> Tensor:
+    chosen: Tensor = torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("compute", "settings", "may_be_cut"),
+    [
+        (torch.sin, {}, False),
+        (torch.sin, {"triton.cudagraphs": False}, False),
+        (torch.sin, {"triton.cudagraph_skip_dynamic_graphs": True}, True),
+        (_uploaded, {}, True),
+        (_branched, {}, True),
+    ],
+)
+def test_where_cuda_graphs_may_be_cut_is_known(
+    compute: Callable[[Tensor], Tensor], settings: dict[str, Any], *, may_be_cut: bool
+) -> None:
+    """Over a cut no hop may be under way."""
+    told: list[bool] = []
+
+    def expand(_graph: Graph, *, may_be_cut: bool, **_: object) -> None:
+        told.append(may_be_cut)
+
+    run: Any = first_pass(expand, "")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        traced = make_fx(compute)(torch.empty(4, device="cuda"))
+    with torch._inductor.config.patch(  # noqa: TID251
+        {"triton.cudagraphs": True} | settings
+    ):
+        run(traced.graph)
+    assert told == [may_be_cut]
 
 
 @pytest.mark.parametrize("rows", [(4, 3), (1, 6)])
