@@ -258,6 +258,7 @@ def try_training(name: str, sizes: Llama, mesh: DeviceMesh, rounds: int) -> Row:
 
     def start(stack: ExitStack) -> Callable[[], Row]:
         step = stack.enter_context(TRAINERS[name](sizes, mesh))
+        stack.callback(_release, step.model)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()  # the model's making is no step
         loss = step.run()
@@ -275,6 +276,13 @@ def try_training(name: str, sizes: Llama, mesh: DeviceMesh, rounds: int) -> Row:
         return measure
 
     return try_together(start)
+
+
+def _release(model: nn.Module) -> None:
+    """Free its weights, whatever still holds it: they would count in the next peak."""
+    for parameter in model.parameters():
+        parameter.grad = None
+        parameter.data = parameter.data.new_empty(0)
 
 
 def _measure(step: Step, sizes: Llama, mesh: DeviceMesh, rounds: int) -> Row:
