@@ -6,6 +6,7 @@ run too, before ours, and a pass without a uuid keeps graphs out of compile cach
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -118,7 +119,10 @@ def first_pass(
 
 
 def _fits_one_cuda_graph(graph: Graph) -> bool:
-    """Whether a CUDA graph can hold all of it, as far as its nodes tell."""
+    """Whether a CUDA graph can hold all of it, as far as its nodes tell.
+
+    Ranks that run the same graph find the same.
+    """
     from torch._inductor import config  # noqa: PLC0415
     from torch._inductor.utils import (  # noqa: PLC0415
         get_first_incompatible_cudagraph_node,
@@ -134,8 +138,9 @@ def _fits_one_cuda_graph(graph: Graph) -> bool:
     if any(isinstance(node.target, HigherOrderOperator) for node in graph.nodes):
         return False
     values = [node.meta.get("val") for node in graph.nodes]
-    values += [getattr(module, str(n.target)) for n in graph.find_nodes(op="get_attr")]
-    return all(x.is_cuda for x in tree_leaves(values) if isinstance(x, Tensor))
+    values += [attrgetter(n.target)(module) for n in graph.find_nodes(op="get_attr")]
+    devices = {x.device for x in tree_leaves(values) if isinstance(x, Tensor)}
+    return len(devices) == 1 and devices.pop().type == "cuda"
 
 
 def trace_graph(
@@ -227,14 +232,13 @@ def order_pass(
         def __call__(self, nodes: list[Any]) -> list[Any]:
             for other in others:
                 nodes = other(nodes)
-            ordered = [
-                n
-                for n in nodes
-                if is_call(n) or contains_collective(n) or _keeps_place(n)
-            ]
-            for first, second in pairwise(ordered):
+            calls = {node for node in nodes if is_call(node)}
+            ours = [n for n in nodes if n in calls or _keeps_place(n)]
+            ordered = [n for n in nodes if n in calls or contains_collective(n)]
+            around = (x for x in pairwise(ordered) if not calls.isdisjoint(x))
+            for first, second in (*pairwise(ours), *around):
                 _add_order(first, second)
-            if ordered:
+            if ours:
                 _spread_ancestors(nodes)
             return nodes
 

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import ProcessGroup
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from ringcompile import ops
@@ -440,6 +441,35 @@ def test_a_ring_may_read_what_the_ring_before_gives(*, may_be_cut: bool) -> None
         assert phases == [forward, forward, fetch, give, fetch, give]
     else:  # K and V are there from the start
         assert phases == [fetch, forward, forward, fetch, give, give]
+
+
+@pytest.mark.parametrize(
+    ("mask", "layout"),
+    [("causal", "zigzag"), ("documents", "zigzag"), ("longnet", "contiguous")],
+)
+def test_rings_read_nothing_of_the_host(mask: str, layout: str) -> None:
+    """Inductor would cut a CUDA graph there, with a hop under way."""
+    group: Any = SimpleNamespace(size=lambda: 2, group_name="0")
+    case = Case(mask, layout)
+    plan, rows = plan_text(case, group, 1, timeout_s=60.0), case.length // 2
+    heads, kv_heads, size, value_size = case.heads
+
+    def run(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> list[Tensor]:
+        captures = [ids, ids] if mask == "documents" else []
+        out, lse, *_ = ops.RING_FORWARD(q, k, v, captures, [], None, plan=plan)
+        needed: Any = {"needed": [True, True, True, False], "num_blocks": None}
+        saved: Any = (q, k, v, [out], lse, captures, [], None)
+        found: list[Tensor] = ops.RING_BACKWARD(out, *saved, **needed, plan=plan)
+        return found
+
+    with FakeTensorMode():
+        shapes = ((heads, size), (kv_heads, size), (kv_heads, value_size))
+        inputs = [torch.empty(2, n, rows, d, device="meta") for n, d in shapes]
+        ids = torch.zeros(2, case.length, dtype=torch.int64, device="meta")
+        graph = make_fx(run)(*inputs, ids)
+    expand_rings(graph.graph, can_call=False)
+    values = tree_leaves([node.meta.get("val") for node in graph.graph.nodes])
+    assert {x.device.type for x in values if isinstance(x, Tensor)} == {"meta"}
 
 
 @pytest.mark.slow

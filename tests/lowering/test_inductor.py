@@ -109,6 +109,10 @@ def _uploaded(x: Tensor) -> Tensor:
     return x + torch.ones(4).to(x.device)
 
 
+def _moved(x: Tensor) -> Tensor:
+    return (x.sin().to("cuda:1") + 1).to(x.device)
+
+
 def _branched(x: Tensor) -> Tensor:
     chosen: Tensor = torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
     return chosen
@@ -121,6 +125,7 @@ def _branched(x: Tensor) -> Tensor:
         (torch.sin, {"triton.cudagraphs": False}, False),
         (torch.sin, {"triton.cudagraph_skip_dynamic_graphs": True}, True),
         (_uploaded, {}, True),
+        (_moved, {}, True),
         (_branched, {}, True),
     ],
 )
