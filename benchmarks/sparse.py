@@ -144,7 +144,7 @@ def _patterns(total: int) -> dict[str, tuple[p.LongNet | p.MaskPattern, str]]:
     """What is put on top of a causal mask, and the layout that suits it."""
     return {
         "window 4096": (p.DilatedWindow(4095), "contiguous"),
-        "dilated window 1024 x 4": (p.DilatedWindow(1024, 4), "contiguous"),
+        "dilated window 1024 x 4": (p.DilatedWindow(1024, 4), "striped"),
         "LongNet": (
             p.LongNet((2048, 8192, 32768), (1, 4, 16), offset="kv_head"),
             "contiguous",

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import permutations, product
+from math import gcd
 
 import sympy
 from sympy.logic.boolalg import Boolean
@@ -199,7 +200,9 @@ def _find_classes(keeps: Boolean, q: Strip, kv: Strip) -> tuple[Band, int] | Non
     band = _find_band(keeps, q, kv)
     if band is not None:
         return band, 1
-    for n in sorted({int(m.args[1]) for m in keeps.atoms(sympy.Mod)}):
+    # Rows that lie apart are of fewer classes: of two residues, if of every other one.
+    moduli = {int(m.args[1]) for m in keeps.atoms(sympy.Mod)}
+    for n in sorted({m // gcd(m, q.span.stride) for m in moduli}):
         if n > _MOST_CLASSES or q.count[1] % n or kv.count[1] % n:
             continue
         q_classes, kv_classes = ([_class(s, i, n) for i in range(n)] for s in (q, kv))

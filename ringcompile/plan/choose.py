@@ -4,15 +4,21 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
+
+import sympy
 
 from ringcompile.ir.layout import Layout, Side
+from ringcompile.ir.mask import K, Q
 from ringcompile.ir.schedule import PartSpec, Schedule
 from ringcompile.plan.cost import CPU, Machine, Sizes, estimate_seconds
 from ringcompile.plan.stages import build_schedule
 
-_SURE = 0.2  # by how much dealing out heads must be cheaper: more than the model errs
-# Simplest first. striped never costs less than zigzag by more than the model's error.
-_CANDIDATES = ("contiguous", "zigzag")
+_SURE = 0.2
+"""By how much striped shards, or dealing out heads, must be cheaper: more than the
+model errs."""
+
+_CANDIDATES = ("contiguous", "zigzag")  # the simplest first
 _CLOSE = 0.03  # the model is no better than this; a closer call goes to the simpler
 
 
@@ -56,23 +62,47 @@ def choose_layout(
 
     Returns:
         The layout, contiguous where zigzag gains nothing, and the reason in words.
+        Striped where dilated windows then need no other rank's rows.
     """
     if cp_size == 1:
         return Layout("contiguous", 1), "one rank"
     sizes = sizes or Sizes()
     own = [Crossing(tuple(parts), None, None) for parts in attentions]
     counts = Counter([*own, *crossings])  # layers are mostly alike
-    seconds = {
-        name: sum(
-            number * _estimate(crossing.parts, *sides, sizes, machine)
+
+    def estimate(name: str) -> float:
+        chosen = Side(Layout(name, cp_size), length)
+        return sum(
+            number * _estimate(crossing.parts, *crossing.sides(chosen), sizes, machine)
             for crossing, number in counts.items()
-            for sides in [crossing.sides(Side(Layout(name, cp_size), length))]
         )
-        for name in _CANDIDATES
-    }
+
+    seconds = {name: estimate(name) for name in _CANDIDATES}
     least = min(seconds.values())
     name = next(n for n in _CANDIDATES if seconds[n] <= least * (1 + _CLOSE))
+    if not crossings and _lie_apart(attentions, cp_size):
+        striped = estimate("striped")
+        if striped * (1 + _SURE) <= least:
+            name, seconds["striped"] = "striped", striped
     return Layout(name, cp_size), _format_reason(name, seconds)
+
+
+def _lie_apart(attentions: Sequence[Sequence[PartSpec]], cp_size: int) -> bool:
+    """Whether positions of one stripe alone see each other: dilated windows' residues.
+
+    The model is right of those. It counts no blocks, and those that hold some of a
+    stripe's pairs are many under other masks.
+    """
+
+    def is_apart(part: PartSpec) -> bool:
+        mask, selection = part
+        moved = mask.keeps.xreplace({Q: Q + 1, K: K + 1})
+        is_told = mask.keeps.free_symbols <= {Q, K} and bool(moved == mask.keeps)
+        rates = {int(m.args[1]) for m in mask.keeps.atoms(sympy.Mod)}
+        are_whole = bool(rates) and not any(cp_size % rate for rate in rates)
+        return is_told and are_whole and selection is None and mask.choice is None
+
+    return all(map(is_apart, chain.from_iterable(attentions)))
 
 
 def _estimate(

@@ -245,6 +245,19 @@ def test_a_dilated_window_is_cut_by_class() -> None:
             assert call.classes == 4
 
 
+def test_a_dilated_window_has_as_many_classes_as_a_stripe_has_residues() -> None:
+    """Every other row: two of four; every fourth: one, a window as any."""
+    keeps = MASKS["dilated"]
+    for cp_size, classes in ((2, 2), (4, 1), (3, 4)):
+        layout = Layout("striped", cp_size)
+        side = Side(layout, 32 * cp_size)
+        (piece,) = build_tile(Mask(keeps), layout, 0, 0, 32 * cp_size).pieces
+        calls = cut_window(piece, keeps, (side, side), (0, 0), least_width=2)
+        assert calls is not None
+        assert {call.classes for call in calls} == {classes}
+        assert all(call.kernel is not Kernel.MASKED for call in calls)
+
+
 def test_a_narrow_dilated_window_is_one_call_whose_classes_are_a_batch() -> None:
     layout, keeps = Layout("contiguous", 2), MASKS["dilated"]
     side = Side(layout, 64)

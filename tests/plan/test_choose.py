@@ -5,7 +5,14 @@ import pytest
 
 from ringcompile.ir.layout import LAYOUTS, Layout, Side
 from ringcompile.ir.mask import Mask, causal, chunked, documents, window
-from ringcompile.patterns import AttentionSpec, LocalWindow, LongNet
+from ringcompile.patterns import (
+    AttentionSpec,
+    BigBird,
+    DilatedWindow,
+    LocalWindow,
+    LongNet,
+)
+from ringcompile.plan.backward import communications
 from ringcompile.plan.choose import choose_layout
 from ringcompile.plan.cost import CPU, H200, Machine, Sizes, estimate_seconds
 from ringcompile.plan.pairs import count_pairs
@@ -49,6 +56,42 @@ def test_patterns_decide_as_masks_do() -> None:
     sparse = LocalWindow(1_024).build_parts(CAUSAL, spec)
     assert choose_layout([sparse], 4, 32_768)[0].name == "contiguous"
     assert choose_layout([sparse, [(CAUSAL, None)]], 4, 32_768)[0].name == "zigzag"
+
+
+@pytest.mark.parametrize("machine", [CPU, H200], ids=["cpu", "h200"])
+@pytest.mark.parametrize(
+    ("cp_size", "rate", "expected"),
+    [
+        (4, 4, "striped"),  # a rank has one residue, and needs no other rank's rows
+        (8, 4, "striped"),
+        (3, 3, "striped"),
+        (4, 3, "contiguous"),
+        (4, 1, "contiguous"),
+    ],
+)
+def test_residues_of_a_dilated_window_lie_apart(
+    cp_size: int, rate: int, expected: str, machine: Machine
+) -> None:
+    spec = AttentionSpec(32, 8, 131_072, is_causal=True)
+    dilated = DilatedWindow(1_024, rate).build_parts(CAUSAL, spec)
+    chosen, reason = choose_layout([dilated], cp_size, 131_072, machine=machine)
+    assert chosen == Layout(expected, cp_size)
+    assert ("striped" in reason) is (expected == "striped")
+    if expected == "striped":
+        schedule = build_schedule(dilated, chosen, 131_072)
+        hops = [
+            hop for rank in range(cp_size) for hop in communications(schedule, rank)
+        ]
+        assert bool(hops) is (cp_size > rate)
+
+
+def test_blocks_are_not_striped() -> None:
+    """The model counts pairs: the blocks that hold them are more in striped shards."""
+    spec = AttentionSpec(32, 8, 16_384, is_causal=True)
+    blocks = BigBird(9, 2, 1, 128).build_parts(CAUSAL, spec)
+    layout = choose_layout([blocks], 8, 16_384, machine=H200)[0]
+    assert layout.name == "zigzag"
+    assert seconds(blocks[0][0], "striped") < seconds(blocks[0][0], "zigzag")
 
 
 def test_layers_that_are_alike_cost_no_more_time() -> None:
@@ -141,7 +184,10 @@ def test_a_curve_is_never_chosen() -> None:
             assert choose_layout([[(mask, None)]], cp_size, 1_024)[0].name != "hilbert"
 
 
-def test_choosing_is_quick() -> None:
+@pytest.mark.parametrize("rate", [1, 4])
+def test_choosing_is_quick(rate: int) -> None:
+    spec = AttentionSpec(32, 8, 1 << 20, is_causal=True)
+    parts = DilatedWindow(4_096, rate).build_parts(CAUSAL, spec)
     start = time.process_time()
-    choose_layout([[(CAUSAL & window(4_095), None)]], 16, 1 << 20, machine=H200)
+    choose_layout([parts], 16, 1 << 20, machine=H200)
     assert time.process_time() - start < 5.0
