@@ -99,7 +99,9 @@ def _lie_apart(attentions: Sequence[Sequence[PartSpec]], cp_size: int) -> bool:
         moved = mask.keeps.xreplace({Q: Q + 1, K: K + 1})
         is_told = mask.keeps.free_symbols <= {Q, K} and bool(moved == mask.keeps)
         rates = {int(m.args[1]) for m in mask.keeps.atoms(sympy.Mod)}
-        are_whole = bool(rates) and not any(cp_size % rate for rate in rates)
+        are_whole = bool(rates) and all(
+            not (cp_size % rate and rate % cp_size) for rate in rates
+        )
         return is_told and are_whole and selection is None and mask.choice is None
 
     return all(map(is_apart, chain.from_iterable(attentions)))

@@ -304,7 +304,11 @@ def _remainder(n: int, x: _Value, low: Edge | None, high: Edge | None) -> _Value
         quotient = _floor(low, n)
         if quotient == _floor(high, n):
             return _sum(x, _Value(_times(-n, quotient)))
-    return _Value((0, 0), low=(0, 0), high=(0, n - 1))
+    step = math.gcd(n, x.i, x.j)
+    if not x.is_linear or x.base[0] % step:
+        step = 1
+    least = x.base[1] % step  # steps that divide n leave remainders that far apart
+    return _Value((0, 0), low=(0, least), high=(0, n - step + least))
 
 
 def _floor(e: Edge, n: int) -> Edge:

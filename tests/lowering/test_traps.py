@@ -64,8 +64,10 @@ def test_hops_fly_while_tiles_are_computed(ranks: RankPool, cured: list[Trace]) 
     # The first fetch of backward would fly under what comes before the ring.
     for hop in (*FORWARD, *BACKWARD[1:]):
         assert is_overlapped(cured[2], hop), hop
-    reordered = ranks.run(trace, CASE, ("order",), world_size=3)
-    assert not is_overlapped(reordered[2], BACKWARD[3])
+    reordered = ranks.run(trace, CASE, ("order",), world_size=3)  # as a user may ask
+    assert is_overlapped(reordered[2], BACKWARD[3])
+    uncured = ranks.run(trace, CASE, ("order", "places"), world_size=3)
+    assert not is_overlapped(uncured[2], BACKWARD[3])
 
 
 def test_checkpointing_replays_no_hop(ranks: RankPool) -> None:

@@ -65,6 +65,7 @@ def test_patterns_decide_as_masks_do() -> None:
         (4, 4, "striped"),  # a rank has one residue, and needs no other rank's rows
         (8, 4, "striped"),
         (3, 3, "striped"),
+        (2, 4, "striped"),
         (4, 3, "contiguous"),
         (4, 1, "contiguous"),
     ],

@@ -219,6 +219,9 @@ MASKS: dict[str, Callable[[Case], Parts]] = {
     "dilated window": _plain(
         m.causal() & m.window(51) & m.equals_zero(sympy.Mod(m.Q - m.K, 3))
     ),
+    "window of every fourth": _plain(
+        m.causal() & m.window(67) & m.equals_zero(sympy.Mod(m.Q - m.K, 4))
+    ),
     "narrow dilated window": _plain(
         m.causal() & m.window(21) & m.equals_zero(sympy.Mod(m.Q - m.K, 3))
     ),

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
-from ringcompile import ops
+from ringcompile import inductor_passes, ops
 from ringcompile.ir.layout import Layout
 from ringcompile.lowering import ring
 from ringcompile.lowering.hops import Tag
@@ -130,6 +130,10 @@ def _trace(
 def _remove(cure: str, stack: ExitStack) -> None:
     if cure == "keep":
         stack.enter_context(patch.object(ring, "keep", lambda x, deps=(): x))
+    elif cure == "places":
+        stack.enter_context(
+            patch.object(inductor_passes, "_keeps_place", lambda _node: False)
+        )
     else:
         assert cure == "order", cure
 
