@@ -24,7 +24,7 @@ EMPTY_TILE = Tile(Coverage.EMPTY)
 _GRAIN, _LEAST_GRAIN = 64, 8
 _STRIPS = 4  # of a shard without runs: more would be more kernel calls
 _MOST_RUNS = 32  # of KV rows that a strip without runs is cut into
-_FINEST = 256
+_FINEST = 128
 """The part of a strip below which a mask without blocks is not asked where it has gaps.
 
 Its ends are known to the row; of a million tokens, striped over 16 ranks, a dilated
