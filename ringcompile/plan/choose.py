@@ -88,7 +88,7 @@ def choose_layout(
 
 
 def _lie_apart(attentions: Sequence[Sequence[PartSpec]], cp_size: int) -> bool:
-    """Whether positions of one stripe alone see each other: dilated windows' residues.
+    """Whether stripes tell residues apart, and masks are dilated windows of such rates.
 
     The model is right of those. It counts no blocks, and those that hold some of a
     stripe's pairs are many under other masks.
@@ -100,7 +100,7 @@ def _lie_apart(attentions: Sequence[Sequence[PartSpec]], cp_size: int) -> bool:
         is_told = mask.keeps.free_symbols <= {Q, K} and bool(moved == mask.keeps)
         rates = {int(m.args[1]) for m in mask.keeps.atoms(sympy.Mod)}
         are_whole = bool(rates) and all(
-            not (cp_size % rate and rate % cp_size) for rate in rates
+            cp_size % rate == 0 or rate % cp_size == 0 for rate in rates
         )
         return is_told and are_whole and selection is None and mask.choice is None
 
